@@ -1,0 +1,348 @@
+"""Weights on disk: safetensors in, safetensors out, in both layouts in which SD3 is published. No pickle is ever opened.
+
+The layouts are Stability's single file and the diffusers folder. Our modules use Stability's parameter names, so one table,
+`diffusers_names`, serves loading and saving. A network is built without memory ("meta" device) and filled tensor by tensor,
+each read only when its turn comes: the peak is the finished network plus one tensor.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+
+class UserError(Exception):
+    """Something the user can put right. The scripts print its one line and exit with status 2."""
+
+
+def run_script(main):
+    """Run a script's main; what the user can put right becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------- finding files
+
+PUBLISHED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what a model repository is asked for: no pickles
+
+
+def find_model(path):
+    """A local file or folder as it is; any other `owner/name` is a Hugging Face repository, fetched into its cache."""
+    local = Path(path)
+    if local.exists():
+        return local
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise UserError(f"{path}: no such file or folder")
+    from huggingface_hub import snapshot_download  # comes with transformers; imported late because few runs need it
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=PUBLISHED_FILES))
+    except Exception as error:  # its many network, login and licence errors; the reason is in the first line
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: neither a local path nor a Hugging Face repository that can be fetched ({reason})") from error
+
+
+def find_component(path, name):
+    """The folder of one component (`transformer`, `vae`, …) of a diffusers folder; a file, or a component itself, as it is."""
+    path = find_model(path)
+    if path.is_file() or not (path / "model_index.json").exists() and not (path / name).is_dir():
+        return path
+    if not (path / name).is_dir():
+        raise UserError(f"{path}: a diffusers folder without {name}/")
+    return path / name
+
+
+def find_shards(path):
+    """The safetensors files that make up one network: a single file, or the parts in a folder. fp16 variants count too."""
+    if path.is_file():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index*.json"), key=lambda p: "fp16" in p.name)
+    if indices:
+        with explained(indices[0], "an index of tensors"):
+            names = set(read_json(indices[0])["weight_map"].values())
+        shards = sorted(path / name for name in names)
+        for shard in shards:
+            if not shard.exists():
+                raise UserError(f"{shard}: missing, though {indices[0].name} lists it")
+        return shards
+    files = sorted(path.glob("*.safetensors"), key=lambda p: "fp16" in p.name)
+    if not files:
+        raise UserError(f"{path}: no .safetensors file in this folder")
+    return files[:1]
+
+
+def read_json(path):
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
+
+
+def open_safetensors(path):
+    """`safe_open` whose failures are one clear line."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+# ------------------------------------------------------------------------------------------------- both layouts
+
+TRANSFORMER_NAMES = {  # Stability -> diffusers, `.weight` and `.bias` apart; inside a block below the first gap
+    "pos_embed": ["pos_embed.pos_embed"],
+    "x_embedder.proj": ["pos_embed.proj"],
+    "t_embedder.mlp.0": ["time_text_embed.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2": ["time_text_embed.timestep_embedder.linear_2"],
+    "y_embedder.mlp.0": ["time_text_embed.text_embedder.linear_1"],
+    "y_embedder.mlp.2": ["time_text_embed.text_embedder.linear_2"],
+    "context_embedder": ["context_embedder"],
+    "final_layer.linear": ["proj_out"],
+    "final_layer.adaLN_modulation.1": ["norm_out.linear"],
+
+    "x_block.adaLN_modulation.1": ["norm1.linear"],
+    "x_block.attn.qkv": ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "x_block.attn.ln_q": ["attn.norm_q"],
+    "x_block.attn.ln_k": ["attn.norm_k"],
+    "x_block.attn.proj": ["attn.to_out.0"],
+    "x_block.attn2.qkv": ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
+    "x_block.attn2.ln_q": ["attn2.norm_q"],
+    "x_block.attn2.ln_k": ["attn2.norm_k"],
+    "x_block.attn2.proj": ["attn2.to_out.0"],
+    "x_block.mlp.fc1": ["ff.net.0.proj"],
+    "x_block.mlp.fc2": ["ff.net.2"],
+
+    "context_block.adaLN_modulation.1": ["norm1_context.linear"],
+    "context_block.attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "context_block.attn.ln_q": ["attn.norm_added_q"],
+    "context_block.attn.ln_k": ["attn.norm_added_k"],
+    "context_block.attn.proj": ["attn.to_add_out"],
+    "context_block.mlp.fc1": ["ff_context.net.0.proj"],
+    "context_block.mlp.fc2": ["ff_context.net.2"],
+}
+VAE_PARTS = [  # pattern -> replacement, applied in turn; `up` is counted from the other end and handled apart
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"coder\.norm_out\.", "coder.conv_norm_out."),
+]
+
+
+def diffusers_names(name, blocks):
+    """The diffusers names of our tensor `name`: three where they keep q, k and v apart, else one.
+
+    `blocks` is the number of transformer blocks or of autoencoder levels.
+    """
+    if name.startswith(("encoder.", "decoder.")):
+        up = re.match(r"decoder\.up\.(\d+)\.(block|upsample)\.(.*)", name)
+        if up:
+            inner = up[3] if up[2] == "block" else "0." + up[3]
+            name = f"decoder.up_blocks.{blocks - 1 - int(up[1])}.{'resnets' if up[2] == 'block' else 'upsamplers'}.{inner}"
+        for pattern, replacement in VAE_PARTS:
+            name = re.sub(pattern, replacement, name)
+        return [name]
+    block, stem, kind = re.fullmatch(r"(joint_blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name).groups(default="")
+    return [block.replace("joint_blocks", "transformer_blocks") + their + kind for their in TRANSFORMER_NAMES[stem]]
+
+
+def swap_halves(name, tensor, blocks):
+    """(shift, scale) ↔ (scale, shift): the two layouts differ in the last layer and in the last block's text side."""
+    if re.match(rf"(final_layer|joint_blocks\.{blocks - 1}\.context_block)\.adaLN_modulation", name):
+        return torch.cat(tensor.chunk(2)[::-1])
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+FIRST_NAME = {"transformer": "x_embedder.proj.weight", "vae": "decoder.conv_in.weight"}
+PREFIXES = {"transformer": "model.diffusion_model.", "vae": "first_stage_model."}  # in Stability's files; may be absent
+TEXT_PREFIX = "text_encoders."
+
+
+class NetworkFiles:
+    """The tensors of one network on disk, asked for by our (Stability's) names, whichever layout the files have."""
+
+    def __init__(self, path, component):
+        self.path = find_component(path, component)
+        self.files = {}  # their name -> file
+        self.metadata = {}
+        for shard in find_shards(self.path):
+            with open_safetensors(shard) as file:
+                self.metadata.update(file.metadata() or {})
+                self.files.update(dict.fromkeys(file.keys(), shard))
+        config = self.path / "config.json"
+        self.config = read_json(config) if self.path.is_dir() and config.exists() else {}
+
+        self.prefix = PREFIXES[component] if PREFIXES[component] + FIRST_NAME[component] in self.files else ""
+        numbers = (re.search(r"(?:joint_blocks|transformer_blocks|\.up|\.up_blocks)\.(\d+)\.", n) for n in self.own_names())
+        self.blocks = max((int(n[1]) + 1 for n in numbers if n), default=0)
+        self.diffusers = any(n.startswith(("transformer_blocks.", "decoder.up_blocks.")) for n in self.files)
+        if FIRST_NAME[component] not in self or not self.blocks:
+            raise UserError(f"{self.path}: holds no SD3 {component} (tensor {self.their_names(FIRST_NAME[component])[0]} "
+                            "is missing)")
+
+    def their_names(self, name):
+        """The names in the files of what makes up our tensor `name`."""
+        return diffusers_names(name, self.blocks) if self.diffusers else [self.prefix + name]
+
+    def own_names(self):
+        """The names in the files that belong to this network and not to another in the same file."""
+        others = (*PREFIXES.values(), TEXT_PREFIX) if not self.prefix else ()
+        return {name for name in self.files if name.startswith(self.prefix) and not name.startswith(others)}
+
+    def __contains__(self, name):
+        return all(their in self.files for their in self.their_names(name))
+
+    def count(self, pattern):
+        """How many of the tensors pattern.format(0), pattern.format(1), … there are, up to the first that is not."""
+        n = 0
+        while pattern.format(n) in self:
+            n += 1
+        return n
+
+    def shape(self, name):
+        parts = []
+        for their in self.their_names(name):
+            if their not in self.files:
+                raise UserError(f"{self.path}: tensor {their} is missing")
+            with open_safetensors(self.files[their]) as file:
+                parts.append(file.get_slice(their).get_shape())
+            if parts[-1] != parts[0]:  # queries, keys and values are alike
+                raise UserError(f"{self.path}: tensor {their} has shape {parts[-1]}, expected {parts[0]}")
+        return [len(parts) * n for n in parts[0][:1]] + parts[0][1:]
+
+    def read(self, name):
+        parts = []
+        for their in self.their_names(name):
+            with open_safetensors(self.files[their]) as file:  # one at a time, so that no map of a large file stays
+                parts.append(file.get_tensor(their))
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return swap_halves(name, tensor, self.blocks) if self.diffusers else tensor
+
+
+def load_plain(module, path):
+    """Fill a module of ours from a file of exactly its own tensors."""
+    with open_safetensors(path) as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit ({str(error).splitlines()[-1].strip()})") from error
+    return module
+
+
+@contextmanager
+def explained(path, what):
+    """Turn the many errors of a library that reads `path` into one clear line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: cannot be read as {what} ({reason})") from error
+
+
+def fill(module, source, device, dtype):
+    """Move `module`, built on the meta device, to `device` and fill it with the tensors of `source`, each accounted for.
+
+    Raises UserError that names the tensor that is missing, left over, of another shape, or not finite.
+    """
+    shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    wanted = {their for name in shapes for their in source.their_names(name)}
+    for problem, names in (("is missing", wanted - set(source.files)), ("does not belong there", source.own_names() - wanted)):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"{source.path}: tensor {min(names)} {problem}{more}")
+    for name, shape in shapes.items():
+        found = source.shape(name)
+        if found != shape and found + [1, 1] != shape:  # a 1×1 convolution may be stored as a linear map
+            raise UserError(f"{source.path}: tensor {source.their_names(name)[0]} has shape {found}, expected {shape}")
+
+    module.to(dtype).to_empty(device=device)
+    for name, tensor in module.state_dict().items():
+        tensor.copy_(source.read(name).reshape(tensor.shape))
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{source.path}: tensor {source.their_names(name)[0]} is not finite (NaN or infinity, "
+                            f"read as {dtype})")
+    return module
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+def save_network(module, folder, config, metadata=None, dtype=None):
+    """Write a network in the diffusers layout: `folder`/diffusion_pytorch_model.safetensors and its config.json."""
+    state = module.state_dict()
+    numbers = (re.search(r"(?:joint_blocks|\.up)\.(\d+)\.", name) for name in state)
+    blocks = max(int(number[1]) + 1 for number in numbers if number)
+    tensors = {}
+    for name, tensor in state.items():
+        theirs = diffusers_names(name, blocks)
+        tensor = swap_halves(name, tensor.detach().to("cpu", dtype), blocks)
+        if ".mid.attn_1." in name and tensor.ndim == 4:
+            tensor = tensor.flatten(1)  # 1×1 convolution -> linear
+        tensors.update(zip(theirs, (part.contiguous() for part in tensor.chunk(len(theirs))), strict=True))
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors, metadata)
+    write_json(folder / "config.json", config)
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Write a file whole or not at all."""
+    with replacing(path) as part:
+        save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path, text):
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def check_writable(path):
+    """Raise UserError now, before hours of work, if `path` could not be written then."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def replacing(path):
+    """A temporary path beside `path` that takes its place once the block has ended well."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({error})") from error
+    finally:
+        part.unlink(missing_ok=True)
