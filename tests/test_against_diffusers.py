@@ -1,0 +1,167 @@
+"""Our SD3 against diffusers', in fp32, on random weights: every kind, every layout, odd sizes, with and without T5."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+
+import flow
+import mmdit
+import sample
+import text
+import vae
+import weights
+from conftest import KINDS, randomise
+
+TOLERANCE = {"velocity": 1e-5, "encode": 1e-5, "decode": 1e-5, "text": 1e-5, "latents": 2e-5}
+PROMPTS = ["a striped red circle on a gray background", "Two words, ünknown; " * 4, ""]  # the second is cut
+SIZES = [(6, 10), (16, 4)]  # latents
+
+
+def error(ours, theirs):
+    """Largest difference as a share of the largest value."""
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def velocity_error(theirs, ours):
+    sigma, worst = torch.tensor([0.97, 0.3]), 0
+    context, pooled = randn(2, 27, 224), randn(2, 160)
+    for size in SIZES:
+        x = randn(2, 16, *size)
+        reference = theirs.transformer(x, context, pooled, 1000 * sigma).sample
+        worst = max(worst, error(ours.mmdit(x, sigma, context, pooled), reference))
+    return worst
+
+
+@torch.no_grad()
+def encode_error(theirs, ours):
+    images = randn(2, 3, 48, 80).clamp(-1, 1)
+    reference = theirs.vae.encode(images).latent_dist.mode()
+    reference = (reference - theirs.vae.config.shift_factor) * theirs.vae.config.scaling_factor
+    return error(ours.vae.encode(images), reference)
+
+
+@torch.no_grad()
+def decode_error(theirs, ours):
+    latents = randn(2, 16, 6, 10)
+    reference = theirs.vae.decode(latents / theirs.vae.config.scaling_factor + theirs.vae.config.shift_factor).sample
+    return error(ours.vae.decode(latents), reference)
+
+
+@torch.no_grad()
+def text_error(theirs, ours):
+    context, _, pooled, _ = theirs.encode_prompt(PROMPTS, None, None, do_classifier_free_guidance=False,
+                                                 max_sequence_length=ours.text.t5_length)
+    ours_context, ours_pooled = ours.text(PROMPTS)
+    return max(error(ours_context, context), error(ours_pooled, pooled))
+
+
+def latents_error(theirs, ours, sigmas=None, guidance=4.0):
+    """28 guided steps, or one for each level of `sigmas`, of which diffusers wants the unshifted ones but the last."""
+    height, width = 48, 80
+    noise = flow.initial_noise((16, height // 8, width // 8), range(len(PROMPTS)))
+    levels = {"num_inference_steps": 28}
+    if sigmas is not None:
+        levels = {"sigmas": torch.linspace(1, 0, len(sigmas))[:-1].tolist()}
+    reference = theirs(PROMPTS, negative_prompt=["blurry"] * len(PROMPTS), latents=noise, height=height, width=width,
+                       guidance_scale=guidance, output_type="latent",
+                       max_sequence_length=ours.text.t5_length, **levels).images
+    made = sample.generate(ours, PROMPTS, range(len(PROMPTS)), size=(height, width), negative="blurry",
+                           guidance=guidance, sigmas=sigmas)
+    return error(made, reference)
+
+
+MEASURES = {"velocity": velocity_error, "encode": encode_error, "decode": decode_error, "text": text_error,
+            "latents": latents_error}
+
+
+@pytest.mark.parametrize("what", MEASURES)
+def test_we_compute_what_diffusers_computes(pair, what):
+    assert MEASURES[what](pair.theirs, pair.ours) <= TOLERANCE[what]
+
+
+# ---------------------------------------------------------------------------- would these comparisons see a mistake?
+
+def exact_gelu(self, x):
+    return self.fc2(F.gelu(self.fc1(x)))
+
+
+def top_left_crop(self, h, w):
+    return self.pos_embed.unflatten(1, (self.pos_max, self.pos_max))[:, :h, :w].flatten(1, 2)
+
+
+def last_clip_state(self, model, tokenizer, prompts):
+    out = model(self.token_ids(tokenizer, prompts, tokenizer.model_max_length, "CLIP"), output_hidden_states=True)
+    return out.hidden_states[-1], out.text_embeds
+
+
+features = mmdit.timestep_features
+MISTAKES = {
+    "exact GELU": ("velocity", mmdit.MLP, "forward", exact_gelu),
+    "scale and shift not swapped": ("velocity", weights, "swap_halves", lambda name, tensor, blocks: tensor),
+    "position table cropped at its corner": ("velocity", mmdit.MMDiT, "crop_pos_embed", top_left_crop),
+    "timestep not times 1000": ("velocity", mmdit, "timestep_features", lambda t: features(t / 1000)),
+    "sine before cosine": ("velocity", mmdit, "timestep_features", lambda t: features(t).roll(128, 1)),
+    "VAE shift ignored": ("decode", vae.VAE, "decode", lambda self, z: self.decoder(z / self.scale)),
+    "symmetric padding": ("encode", vae.Downsample, "forward", lambda self, x: self.conv(F.pad(x, (1, 1, 1, 1)))),
+    "CLIP's last state": ("text", text.TextEncoders, "encode_clip", last_clip_state),
+    "guidance off by one": ("latents", flow, "guide", lambda u, c, w: c + w * (c - u)),
+    "schedule shifted once": ("latents", flow, "sd3_sigmas", flow.student_sigmas),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_shows(make_pair, monkeypatch, mistake):
+    what, owner, name, wrong = MISTAKES[mistake]
+    theirs, _, path = make_pair("SD3.5-Medium", "folder")
+    monkeypatch.setattr(owner, name, wrong)
+    assert MEASURES[what](theirs, sample.load_pipeline(path)) > TOLERANCE[what]
+
+
+# --------------------------------------------------------------------------------------------- saving, students
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_we_save_diffusers_opens_and_we_read_back_bit_for_bit(make_pair, tmp_path, kind):
+    ours = make_pair(kind, "file").ours
+    sample.save_pipeline(ours, tmp_path, {"sigmas": "[1.0, 0.75, 0.0]", "guidance": "1"})
+    back = sample.load_pipeline(tmp_path)
+    for part in ("mmdit", "vae", "text"):
+        before, after = getattr(ours, part).state_dict(), getattr(back, part).state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert (back.sigmas().tolist(), back.guidance()) == ([1.0, 0.75, 0.0], 1.0)
+
+    theirs = StableDiffusion3Pipeline.from_pretrained(tmp_path)
+    theirs.set_progress_bar_config(disable=True)
+    assert latents_error(theirs, ours) <= TOLERANCE["latents"]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_diffusers_samples_at_a_students_levels(make_pair, steps):
+    pair = make_pair("SD3-Medium", "folder")
+    assert latents_error(pair.theirs, pair.ours, flow.student_sigmas(steps, 3.0), guidance=1.0) <= TOLERANCE["latents"]
+
+
+def test_the_published_28_levels():
+    levels = flow.sd3_sigmas(28, 3.0)
+    expected = torch.tensor([1, .9873806, .9741077, .9601293, .9453875, .1109057, .0089286, 0])
+    assert torch.allclose(levels[[0, 1, 2, 3, 4, -3, -2, -1]], expected, atol=1e-6) and len(levels) == 29
+
+
+def test_vae_constants_are_read_off_its_config(tmp_path):
+    theirs = AutoencoderKL(
+        block_out_channels=(16, 24, 40), layers_per_block=2, latent_channels=5, norm_num_groups=8,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.7, shift_factor=-0.2)
+    randomise(theirs.requires_grad_(False).eval(), 0)
+    theirs.save_pretrained(tmp_path)
+    ours, images = vae.load_vae(tmp_path), randn(1, 3, 16, 24)
+    latents = (theirs.encode(images).latent_dist.mode() + 0.2) * 0.7
+    assert error(ours.encode(images), latents) <= TOLERANCE["encode"]
+    assert error(ours.decode(latents), theirs.decode(latents / 0.7 - 0.2).sample) <= TOLERANCE["decode"]
+
