@@ -1,9 +1,9 @@
 """Stage I: structure-focused distribution matching (1.x-Distill, Sec. 3.2 and 3.3).
 
-Three networks of one shape: the teacher T (frozen), the student G, and the fake score F, which follows the distribution that the
-student currently samples from. The student is moved along T - F: away from where its own samples are dense, towards where
-the teacher's are. Its n steps each own a window of noise levels, (σ_{k+1}, σ_k], in which T and F are compared (as in TDM,
-Luo et al. 2025); a student of one step is plain DMD (Yin et al. 2024).
+Three networks of one shape: the teacher T (frozen), the student G, and the fake score F, which follows the distribution
+that the student samples from at present. The student is moved along T - F: away from where its own samples are dense,
+towards where the teacher's are. Each of its n steps owns a window of noise levels, (σ_{k+1}, σ_k], in which T and F are
+compared (as in TDM, Luo et al. 2025); with one step this is plain DMD (Yin et al. 2024).
 
 Everything here is a pure function: networks are passed in, and so is all that is random (step index k, level σ, noise ε).
 """
@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter1d
 
 import flow
 
-# --------------------------------------------------------------------------------- levels: windows and their density
+# ---------------------------------------------------------------------------------- levels: density and windows
 
 DENSITIES = {  # anchors (index in the teacher grid, density): 0 is pure noise. Fig. 10; the paper uses (c), Fig. 4
     "a": [(0, 1.0), (250, 0.8), (400, 0.2), (1000, 0.001)],
@@ -111,7 +111,7 @@ def student_objective(student, teacher, fake, x, sigma_k, sigma_end, sigma, nois
     return student_loss(y, real, faked)
 
 
-# ------------------------------------------------------------------------------------------- real score and fake score
+# --------------------------------------------------------------------------------------- real score, fake score
 
 def gated_velocity(model, x, sigma, cond, uncond, guidance, alpha):
     """Gated teacher guidance, Eq. (4): v_∅ + w (v_c - v_∅) where σ ≤ α, and v_c where σ > α.

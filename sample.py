@@ -138,14 +138,20 @@ class Pipeline:
 
     def sigmas(self, steps=None, shift=None):
         """The noise levels to sample along: a student's own nodes, or SD3's published schedule for a teacher."""
-        own = json.loads(self.mmdit.settings.get("sigmas", "null"))
+        own = self.carried("sigmas")
         if own and shift is None and steps in (None, len(own) - 1):
             return torch.tensor(own)
         shift = shift or self.shift
         return flow.student_sigmas(steps or len(own) - 1, shift) if own else flow.sd3_sigmas(steps or 28, shift)
 
     def guidance(self):
-        return float(self.mmdit.settings.get("guidance", 7.0))
+        return float(self.carried("guidance") or 7.0)
+
+    def carried(self, name):
+        """What the model says of itself in the header of its tensor file, or None."""
+        text = self.mmdit.settings.get(name, "null")
+        with weights.explained(f"{name} = {text}, in the model's header,", "JSON"):
+            return json.loads(text)
 
     def latent_shape(self, size=None):
         """(C, h, w) of the latents of an image of `size` (H, W), by default the model's own."""

@@ -56,14 +56,16 @@ class TextEncoders(nn.Module):
 
     def token_ids(self, tokenizer, prompts, length, reader):
         """Padded, truncated token ids (B, length). What is cut off a prompt is said on stderr."""
-        for prompt, full in zip(prompts, tokenizer(list(prompts), verbose=False).input_ids, strict=True):
-            if len(full) > length and (reader, prompt) not in self.warned:
-                self.warned.add((reader, prompt))  # once, though training reads a prompt often and two CLIPs cut alike
-                cut = tokenizer.decode(full[length - 1:], skip_special_tokens=True).strip()
-                print(f"warning: {reader} reads {length} tokens of this prompt of {len(full)}; cut off: \"{cut}\"",
+        whole = tokenizer(prompts, padding="max_length", max_length=length, verbose=False).input_ids
+        for prompt, ids in zip(prompts, whole, strict=True):
+            if len(ids) > length and (reader, prompt) not in self.warned:
+                self.warned.add((reader, prompt))  # once, though training reads a prompt often and both CLIPs cut it alike
+                cut = tokenizer.decode(ids[length - 1:], skip_special_tokens=True).strip()
+                print(f"warning: {reader} reads {length} tokens of this prompt of {len(ids)}; cut off: \"{cut}\"",
                       file=sys.stderr)
-        ids = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-        return ids.to(next(self.parameters()).device)
+        if any(len(ids) > length for ids in whole):
+            whole = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
+        return torch.tensor(whole, device=next(self.parameters()).device)
 
 
 # ------------------------------------------------------------------------------------------------- prompt files

@@ -30,7 +30,7 @@ def run_script(main):
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped; a training run goes on with --resume", file=sys.stderr)
         sys.exit(130)
 
 
@@ -55,7 +55,7 @@ def find_model(path):
 
 
 def find_component(path, name):
-    """The folder of one component (`transformer`, `vae`, …) of a diffusers folder; a file, or a component itself, as it is."""
+    """One component (`transformer`, `vae`, …) of a diffusers folder; a file, or a component itself, as it is."""
     path = find_model(path)
     if path.is_file() or not (path / "model_index.json").exists() and not (path / name).is_dir():
         return path

@@ -144,8 +144,8 @@ def test_gradient_reaches_the_student_and_nothing_else():
     networks = [torch.nn.Conv2d(1, 1, 1) for _ in range(3)]
     student, teacher, fake = ((lambda x, s, c, p, net=net: net(x)) for net in networks)
     cond, s = (torch.zeros(2, 1, 1), torch.zeros(2, 1)), torch.tensor([0.9, 0.5])
-    x, noise = torch.randn(2, 1, 2, 2, requires_grad=True), torch.randn(2, 1, 2, 2)
-    dmd.student_objective(student, teacher, fake, x.detach(), torch.ones(2), torch.zeros(2), s, noise, cond, cond, 2.0, 1.0).backward()
+    x, noise = torch.randn(2, 2, 1, 2, 2)
+    dmd.student_objective(student, teacher, fake, x, torch.ones(2), torch.zeros(2), s, noise, cond, cond, 2.0, 1.0).backward()
     assert networks[0].weight.grad is not None and networks[1].weight.grad is None and networks[2].weight.grad is None
 
 
@@ -166,8 +166,8 @@ def test_distribution_matching_moves_a_students_mean_to_the_teachers(steps):
         states, _ = dmd.rollout(now, noise, flow.student_sigmas(steps, 3.0), cond)
         k = torch.randint(steps, (64,), generator=generator)
         sigma = grid[dmd.draw_index(density, start[k], stop[k], torch.rand(64, generator=generator))]
-        loss = dmd.student_objective(gaussian(m), gaussian(2.0), now, states[k, rows], grid[start[k]], grid[end[k]], sigma, again,
-                                     cond, cond, guidance=1.0, alpha=1.0)
+        loss = dmd.student_objective(gaussian(m), gaussian(2.0), now, states[k, rows], grid[start[k]], grid[end[k]], sigma,
+                                     again, cond, cond, guidance=1.0, alpha=1.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,0 +1,356 @@
+"""Train a few-step student of an SD3 model.
+
+    python train.py --stage 1      Stage I, distribution matching: a student of 2 steps (dmd.py)
+    python train.py --stage 0      make the tiny SD3 that the other commands use by default (tiny.py, shapes.py)
+
+A run writes to --out: the model in the diffusers folder layout, log.jsonl, contact sheets, metrics.json where the truth is
+known (the tiny world), and state.safetensors, from which --resume goes on.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import dmd
+import flow
+import shapes
+import tiny
+import weights
+from sample import (TINY, CommandLine, Pipeline, contact_sheet, decode, find_device, generate, load_pipeline, positive_float,
+                    positive_int, save_pipeline, seed_number, write_picture)
+from text import read_prompts
+
+# Stage I numbers: those of the paper for SD3-Medium (Sec. 4.1), with alpha = 0.96 as in the released 2-step configuration (the
+# paper says 0.94). The tiny preset is tuned to its world.
+PAPER = {"steps": 2, "iterations": 500, "batch": 64, "student_lr": 5e-6, "fake_lr": 4e-5, "guidance": 7.0, "alpha": 0.96}
+PRESETS = {
+    "tiny": {**PAPER, "model": TINY, "iterations": 300, "batch": 48, "student_lr": 1e-4, "fake_lr": 4e-4, "guidance": 7.0,
+             "alpha": 0.80},
+    "sd3-medium": {**PAPER, "model": "stabilityai/stable-diffusion-3-medium-diffusers"},
+    "sd3.5-medium": {**PAPER, "model": "stabilityai/stable-diffusion-3.5-medium"},
+    "sd3.5-large": {**PAPER, "model": "stabilityai/stable-diffusion-3.5-large"},
+}
+CLIP_STUDENT, CLIP_FAKE = 2.0, 1.0  # largest norm of the gradients
+LOG_EVERY, SAVE_SECONDS = 10, 60
+TEACHER_ITERATIONS = 12_000         # of stage 0
+GUIDANCES = (1.0, 2.0, 3.0, 4.0, 5.0)  # tried for the teacher that stage 0 makes
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+def main():
+    parser = CommandLine(description="Distil an SD3 model into a few-step student.")
+    parser.add_argument("--stage", type=int, choices=[0, 1], required=True)
+    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="sets the defaults of what follows")
+    parser.add_argument("--model", help="the teacher: file, folder or Hugging Face id")
+    parser.add_argument("--prompts", help="a file of prompts (default: captions of the tiny world, drawn on the fly)")
+    parser.add_argument("--steps", type=int, choices=[1, 2, 4, 8], help="of the student")
+    parser.add_argument("--guidance", type=float, help="w, of the teacher")
+    parser.add_argument("--alpha", type=float, help="guidance is on up to this noise level; 1: always")
+    parser.add_argument("--density", choices=dmd.DENSITIES, default="c", help="how the student's noise levels are drawn")
+    parser.add_argument("--windows", choices=["step", "whole"], default="step",
+                        help="levels that a step is compared at: its own window (TDM), or all (DMD)")
+    parser.add_argument("--iterations", type=positive_int)
+    parser.add_argument("--batch", type=positive_int)
+    parser.add_argument("--student-lr", type=positive_float)
+    parser.add_argument("--fake-lr", type=positive_float)
+    parser.add_argument("--sheet-every", type=positive_int, default=100, help="iterations between contact sheets")
+    parser.add_argument("--seed", type=seed_number, default=0)
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic (autocast); weights are fp32")
+    parser.add_argument("--out", help="default: runs/stage0, runs/stage1")
+    parser.add_argument("--resume", action="store_true", help="go on from where the run in --out stopped")
+    args = parser.parse_args()
+    for name, value in PRESETS[args.preset].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.device = find_device(args.device)
+    args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
+    args.out = Path(args.out or f"runs/stage{args.stage}")
+    weights.check_writable(args.out / "log.jsonl")
+    if any(args.out.iterdir()) and not args.resume:
+        raise weights.UserError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
+    (stage0 if args.stage == 0 else stage1)(args)
+
+
+def fast_bf16(device):
+    """Whether bf16 is faster than fp32 there: on GPUs, and on CPUs with instructions for it."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def arithmetic(args):
+    """The context in which networks run: autocast, and the attention kernel that is fastest for the device."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bf16"))
+    if args.device.type == "cpu":  # a short sequence's backward pass takes a third of the time of the flash kernel's
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    return stack
+
+
+# --------------------------------------------------------------------------------------------------- the one loop
+
+class Run:
+    """Everything that training changes, in one object that is saved and restored whole.
+
+    Random numbers need no place in it: those of step i come from a generator seeded by (seed, i), prompts included, so a run
+    that goes on from step i draws what it would have drawn.
+    """
+
+    def __init__(self, folder, name, networks, optimizers, settings=None):
+        self.folder, self.name, self.networks, self.optimizers, self.step = folder, name, networks, optimizers, 0
+        self.settings = json.dumps(settings, default=str, sort_keys=True)
+        self.file = folder / "state.safetensors"
+
+    def generator(self, seed):
+        return torch.Generator().manual_seed(1_000_003 * seed + self.step)
+
+    def save(self):
+        tensors = {f"{key}/{name}": tensor for key, network in self.networks.items()
+                   for name, tensor in network.state_dict().items()}
+        for key, optimizer in self.optimizers.items():
+            for i, state in optimizer.state_dict()["state"].items():
+                tensors.update({f"{key}/{i}/{name}": value for name, value in state.items()})
+        weights.write_safetensors(self.file, {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},
+                                  {"name": self.name, "step": str(self.step), "settings": self.settings})
+
+    def restore(self):
+        """Take up the saved state, if there is one of this name. Raises UserError if it was made with other settings."""
+        if not self.file.exists():
+            return
+        with weights.open_safetensors(self.file) as file:
+            header = file.metadata()
+            if header.get("name") != self.name:
+                return
+            if header["settings"] != self.settings:
+                raise weights.UserError(f"{self.file}: made with other settings, {header['settings']}; "
+                                        f"these are {self.settings}")
+            for key, network in self.networks.items():
+                network.load_state_dict({name: file.get_tensor(f"{key}/{name}") for name in network.state_dict()})
+            states = {key: {} for key in self.optimizers}
+            for name in file.keys():
+                key, *rest = name.split("/")
+                if key in states:
+                    states[key].setdefault(int(rest[0]), {})[rest[1]] = file.get_tensor(name)
+            for key, optimizer in self.optimizers.items():
+                optimizer.load_state_dict({"state": states[key], "param_groups": optimizer.state_dict()["param_groups"]})
+            self.step = int(header["step"])
+
+
+def fit(run, update, iterations, sheet=None, sheet_every=None):
+    """The one training loop. update(run) makes one iteration and returns what to log; sheet(run) draws a contact sheet."""
+    run.restore()
+    log_file = run.folder / "log.jsonl"
+    old = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
+    old = [entry for entry in old if entry["run"] != run.name or entry["step"] <= run.step]  # what is done again goes
+    weights.write_text(log_file, "".join(json.dumps(entry) + "\n" for entry in old))
+    saved = time.monotonic()
+    with tqdm(total=iterations, initial=run.step, desc=run.name, mininterval=1) as bar, open(log_file, "a") as log:
+        while run.step < iterations:
+            values = update(run)
+            run.step += 1
+            bar.update()
+            last = run.step == iterations
+            if run.step % LOG_EVERY == 0 or last:
+                values = {name: float(value) for name, value in values.items()}
+                if not all(map(math.isfinite, values.values())):
+                    raise weights.UserError(f"{run.name}: not finite at step {run.step} ({values}); try a lower learning rate")
+                bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
+                log.write(json.dumps({"run": run.name, "step": run.step, **values}) + "\n")
+                log.flush()
+                if last or time.monotonic() - saved > SAVE_SECONDS:  # what was just seen to be finite
+                    run.save()
+                    saved = time.monotonic()
+            if sheet and (run.step % sheet_every == 0 or last):
+                sheet(run)
+
+
+def descend(optimizer, loss, max_norm):
+    """One optimiser step. Returns the norm of the gradient before it was clipped."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+    optimizer.step()
+    return norm
+
+
+# -------------------------------------------------------------------------------------------------------- stage I
+
+def stage1(args):
+    """Stage I, structure-focused distribution matching (Sec. 3.2 and 3.3): teacher, fake and student make one loss."""
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    if prompts is None and not is_tiny_world(args.model):
+        raise weights.UserError(f"{args.model}: give --prompts FILE; only the tiny SD3 draws captions of its own")
+    teacher = load_pipeline(args.model, args.device)
+    student, fake = (copy.deepcopy(teacher.mmdit).train().requires_grad_(True) for _ in range(2))
+    for network in (student, fake):
+        network.pos_embed.requires_grad_(False)
+    adamw = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=1e-4, eps=1e-8, fused=True)
+    optimizers = {"student_adamw": adamw(trainable(student), lr=args.student_lr),
+                  "fake_adamw": adamw(trainable(fake), lr=args.fake_lr)}
+    settings = {name: getattr(args, name) for name in ("model", "prompts", "steps", "guidance", "alpha", "density", "windows",
+                                                        "batch", "student_lr", "fake_lr", "seed", "dtype")}
+    run = Run(args.out, "stage 1", {"student": student, "fake": fake}, optimizers, settings)
+
+    device, shape = args.device, teacher.latent_shape()
+    grid = flow.teacher_grid(teacher.shift)
+    start, stop, end = dmd.step_windows(args.steps, teacher.shift, whole=args.windows == "whole")
+    sigmas = flow.student_sigmas(args.steps, teacher.shift).to(device)
+    uniform, density = dmd.importance_density("uniform"), dmd.importance_density(args.density)
+    rows = torch.arange(args.batch, device=device)
+    uncond = tuple(part.expand(args.batch, *part.shape[1:]) for part in teacher.text([""]))
+
+    def draw_levels(density, generator):
+        """For each sample: a step k of the student, and σ_k, the level that it leads to, σ in its window, and noise."""
+        k = torch.randint(args.steps, (args.batch,), generator=generator)
+        i = dmd.draw_index(density, start[k], stop[k], torch.rand(args.batch, generator=generator))
+        noise = torch.randn(args.batch, *shape, generator=generator)
+        return k.to(device), *(x.to(device) for x in (sigmas.cpu()[k], grid[end[k]], grid[i], noise))
+
+    def update(run):
+        generator = run.generator(args.seed)
+        cond = teacher.text(draw_prompts(prompts, args.batch, generator))
+        noise = torch.randn(args.batch, *shape, generator=generator).to(device)
+        with arithmetic(args):
+            states, velocities = dmd.rollout(student, noise, sigmas, cond)
+            k, *levels = draw_levels(uniform, generator)
+            loss_fake = dmd.fake_loss(fake, states[k, rows], velocities[k, rows], *levels, cond)
+        descend(optimizers["fake_adamw"], loss_fake, CLIP_FAKE)
+        with arithmetic(args):
+            k, *levels = draw_levels(density, generator)
+            loss_student = dmd.student_objective(student, teacher.mmdit, fake, states[k, rows], *levels, cond, uncond,
+                                                 args.guidance, args.alpha)
+        norm = descend(optimizers["student_adamw"], loss_student, CLIP_STUDENT)
+        return {"student": loss_student, "fake": loss_fake, "norm": norm}
+
+    distilled = Pipeline(student, teacher.vae, teacher.text, teacher.shift)
+    sampling = {"student": (distilled, {"sigmas": sigmas, "guidance": 1.0}),
+                f"teacher, 28 steps, w = {args.guidance:g}": (teacher, {"steps": 28, "guidance": args.guidance}),
+                f"teacher, {args.steps} steps": (teacher, {"sigmas": sigmas, "guidance": args.guidance})}
+    fit(run, update, args.iterations, Sheet(args, prompts, sampling), args.sheet_every)
+
+    student.eval()
+    header = {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings}
+    save_pipeline(distilled, args.out, header)
+    print(f"student: {args.out}")
+    if is_tiny_world(args.model):
+        report(args, args.model, sampling)
+
+
+def trainable(network):
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def is_tiny_world(model):
+    return shapes.recogniser_file(model).exists()
+
+
+def draw_prompts(prompts, n, generator):
+    """n prompts of the list, or, without one, fresh captions of the tiny world."""
+    if prompts is None:
+        return shapes.draw_captions(n, generator)[0]
+    return [prompts[i] for i in torch.randint(len(prompts), (n,), generator=generator)]
+
+
+class Sheet:
+    """Draws the same prompts and seeds each time: a row a prompt, two images of each sampler side by side."""
+
+    def __init__(self, args, prompts, sampling, rows=8, seeds=(1, 2)):
+        self.args, self.sampling, self.seeds = args, sampling, seeds
+        self.prompts = draw_prompts(prompts, rows, torch.Generator().manual_seed(7))
+        self.drawn = {}  # the teacher's images do not change: drawn once
+
+    def __call__(self, run):
+        jobs = [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        for name, (pipeline, how) in self.sampling.items():
+            if name == "student" or name not in self.drawn:
+                images = draw(self.args, pipeline, how, *zip(*jobs))
+                self.drawn[name] = images.unflatten(0, (len(self.prompts), len(self.seeds)))
+        images = torch.cat(list(self.drawn.values()), dim=1)                            # (rows, samplers · seeds, 3, H, W)
+        headings = [name if j == 0 else "" for name in self.drawn for j in range(len(self.seeds))]
+        picture = contact_sheet(images.flatten(0, 1), self.prompts, headings)
+        write_picture(picture, run.folder / f"sheet-{run.step:06}.png")
+
+
+def draw(args, pipeline, how, prompts, seeds):
+    """Images (N, 3, H, W) of a pipeline sampled as `how` says (see sample.generate)."""
+    with arithmetic(args):
+        return decode(pipeline, generate(pipeline, list(prompts), list(seeds), **how))
+
+
+def report(args, model, sampling):
+    """Measure samplers in the tiny world, where the truth is known, print a table and write metrics.json."""
+    recogniser = shapes.load_recogniser(model)
+    measured = {name: shapes.measure(partial(draw, args, pipeline, how), recogniser)
+                for name, (pipeline, how) in tqdm(sampling.items(), desc="measuring")}
+    weights.write_json(args.out / "metrics.json", measured)
+    for what in ("adherence", "coverage"):
+        headings = next(iter(measured.values()))[what]
+        print(f"\n{what:28}" + "".join(f"{name:>13}" for name in headings))
+        for name, values in measured.items():
+            print(f"{name:28}" + "".join(f"{value:13.3f}" for value in values[what].values()))
+    return measured
+
+
+# -------------------------------------------------------------------------------------------------------- stage 0
+
+def stage0(args):
+    """Make the tiny SD3 from nothing, part by part: each has one loss (tiny.py), and a finished part is not made again."""
+    if is_tiny_world(args.out):
+        raise weights.UserError(f"{args.out} holds a finished tiny SD3; choose another --out")
+    make = partial(make_part, args)
+    text = make("text", partial(tiny.TinyText, args.out), tiny.text_loss, 400, 2e-3).encoders
+    recogniser = make("recogniser", shapes.Recogniser, tiny.recogniser_loss, 800, 1e-3)
+    vae = make("vae", tiny.new_vae, tiny.vae_loss, 2400, 2e-3)
+    with arithmetic(args):
+        latents, labels = tiny.encode_pool(vae, tiny.POOL, args.seed + 1)
+    vae.shift, vae.scale = latents.mean().item(), 1 / latents.std().item()
+    latents = (latents - vae.shift) * vae.scale
+    mmdit = make("teacher", tiny.new_mmdit, partial(tiny.teacher_loss, text, latents, labels), TEACHER_ITERATIONS, 1e-3)
+
+    # as shipped: fp16, under the guidance that prompts are followed best at
+    pipeline = Pipeline(mmdit.half().float(), vae.half().float(), text.half().float(), tiny.SHIFT)
+    mmdit.settings["sample_size"] = shapes.SIZE // vae.factor
+    weights.write_safetensors(shapes.recogniser_file(args.out), recogniser.state_dict())
+    measured = report(args, args.out, {f"teacher, 28 steps, w = {w:g}": (pipeline, {"steps": 28, "guidance": w})
+                                       for w in GUIDANCES})
+    best = max(GUIDANCES, key=lambda w: measured[f"teacher, 28 steps, w = {w:g}"]["adherence"]["mean"])
+    save_pipeline(pipeline, args.out, {"guidance": str(best)}, dtype=torch.float16)
+    print(f"\ntiny SD3: {args.out}, best guidance w = {best:g}")
+
+
+def make_part(args, name, build, loss, iterations, rate, average=0.999):
+    """Train one network by one loss: AdamW, a short warm-up, then a cosine down to 0. Returns its moving average."""
+    torch.manual_seed(args.seed)  # for the initial weights alone
+    network = build().to(args.device)
+    file = args.out / "parts" / f"{name}.safetensors"
+    if file.exists():
+        return weights.load_plain(network, file).requires_grad_(False).eval()
+    averaged = copy.deepcopy(network)
+    optimizer = torch.optim.AdamW(trainable(network), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+    def update(run):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((run.step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * run.step / iterations))
+        with arithmetic(args):
+            value = loss(network, run.generator(args.seed))
+        norm = descend(optimizer, value, max_norm=1.0)
+        decay = min(average, (1 + run.step) / (10 + run.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
+        return {"loss": value, "norm": norm}
+
+    fit(Run(args.out, name, {"network": network, "averaged": averaged}, {"adamw": optimizer}), update, iterations)
+    weights.write_safetensors(file, {n: t.detach().cpu().clone() for n, t in averaged.state_dict().items()})
+    return averaged.requires_grad_(False).eval()
+
+
+if __name__ == "__main__":
+    weights.run_script(main)
