@@ -60,7 +60,7 @@ def test_training_moves_student_and_fake_but_not_the_teacher(two_steps):
         assert "pos_embed" in still and len(still) <= 3, still
     name = "joint_blocks.0.x_block.attn.qkv.weight"
     first = (state[f"student/{name}"] - teacher[name]).abs().max()
-    assert 0 < first <= 2.1 * train.PRESETS["tiny"]["student_lr"]  # AdamW: at most about lr an iteration
+    assert 0 < first <= 2.5 * train.PRESETS["tiny"]["student_lr"]  # AdamW: at most about lr an iteration
 
 
 def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(two_steps, tmp_path, monkeypatch):
