@@ -172,12 +172,16 @@ def load_pipeline(path, device="cpu", dtype=torch.float32):
 
 
 def save_pipeline(pipeline, folder, metadata=None, dtype=None):
-    """Write all of an SD3 as a diffusers folder, which load_pipeline and diffusers both read."""
+    """Write all of an SD3 as a diffusers folder, which load_pipeline and diffusers both read.
+
+    `dtype` is that of the transformer and the autoencoder in the files. The text encoders keep theirs: transformers opens an
+    encoder in the dtype of its file, diffusers the other parts in fp32, and a mixture does not run.
+    """
     folder = Path(folder)
     sample_size = pipeline.latent_shape()[1]
     save_mmdit(pipeline.mmdit, folder / "transformer", metadata, dtype, sample_size)
     save_vae(pipeline.vae, folder / "vae", dtype)
-    save_text_encoders(pipeline.text, folder, dtype)
+    save_text_encoders(pipeline.text, folder)
     weights.write_json(folder / "scheduler" / "scheduler_config.json", {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": pipeline.shift})
     t5 = pipeline.text.t5 is not None

@@ -5,7 +5,6 @@ last but one layer's tokens, joined on the features and padded with zeros to T5'
 the pooled vector joins the two CLIPs' projected end-of-text states. T5 is optional: zeros stand in its place.
 """
 
-import copy
 import csv
 import json
 import sys
@@ -228,10 +227,10 @@ def checked(model, report, path):
 
 # -------------------------------------------------------------------------------------------------------- save
 
-def save_text_encoders(text, folder, dtype=None):
+def save_text_encoders(text, folder):
     """Write the encoders and tokenizers in the diffusers layout, `folder`/text_encoder, `folder`/tokenizer, …"""
     silence_transformers()
     for model, tokenizer, (name, tokenizer_name) in zip((text.clip_l, text.clip_g, text.t5), text.tokenizers, ENCODERS.items()):
         if model is not None:
-            copy.deepcopy(model).to(dtype).save_pretrained(folder / name)
+            model.save_pretrained(folder / name)
             tokenizer.save_pretrained(folder / tokenizer_name)
