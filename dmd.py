@@ -41,7 +41,7 @@ def importance_density(name):
 
 
 def step_windows(n, shift, whole=False):
-    """Which levels each of the student's n steps is trained on, as positions in the teacher grid.
+    """Sec. 3.2, TDM's windows: which levels each of the student's n steps is trained on, as positions in the teacher grid.
 
     Step k owns start[k] ≤ i < stop[k], that is σ in (σ_{k+1}, σ_k], and takes its sample down to the node end[k], σ_{k+1}.
     `whole`: every step goes to σ = 0 at once and is compared at all levels, which is DMD without TDM's windows.
@@ -54,7 +54,7 @@ def step_windows(n, shift, whole=False):
 
 
 def draw_index(density, start, stop, u):
-    """Draw from `density` restricted to start ≤ i < stop and renormalised there, by inverting its distribution function.
+    """Importance sampling inside a window (Sec. 3.3): draw from `density` restricted to start ≤ i < stop and renormalised there, by inverting its distribution function.
 
     density (1001,), start and stop int64 (B,), u uniform in [0, 1), (B,) -> int64 (B,).
     """
@@ -68,7 +68,7 @@ def draw_index(density, start, stop, u):
 
 @torch.no_grad()
 def rollout(student, noise, sigmas, cond):
-    """The student's own samples: all states x_{σ_0} … x_{σ_{n-1}} that its steps start from, and the velocities there.
+    """The student's own samples (Sec. 3.2): all states x_{σ_0} … x_{σ_{n-1}} that its steps start from, and the velocities there.
 
     noise (B, C, H, W), sigmas (n+1,), cond = (context, pooled) -> states, velocities, (n, B, C, H, W) each.
     """
@@ -143,6 +143,6 @@ def fake_target(x, velocity, sigma_k, sigma_end, sigma, noise):
 
 
 def fake_loss(fake, x, velocity, sigma_k, sigma_end, sigma, noise, cond):
-    """The fake score's turn: the mean squared error of its velocity."""
+    """The fake score's turn (Sec. 3.2): the mean squared error of its velocity."""
     z, target = fake_target(x, velocity, sigma_k, sigma_end, sigma, noise)
     return (fake(z, sigma, *cond) - target).square().mean()

@@ -9,7 +9,6 @@ students made by train.py, which carry their own noise levels and step count in 
 import argparse
 import json
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
