@@ -41,7 +41,7 @@ def importance_density(name):
 
 
 def step_windows(n, shift, whole=False):
-    """Sec. 3.2, TDM's windows: which levels each of the student's n steps is trained on, as positions in the teacher grid.
+    """TDM's windows (Sec. 3.2): the levels that each of the student's n steps is trained on, as teacher-grid positions.
 
     Step k owns start[k] ≤ i < stop[k], that is σ in (σ_{k+1}, σ_k], and takes its sample down to the node end[k], σ_{k+1}.
     `whole`: every step goes to σ = 0 at once and is compared at all levels, which is DMD without TDM's windows.
@@ -54,7 +54,9 @@ def step_windows(n, shift, whole=False):
 
 
 def draw_index(density, start, stop, u):
-    """Importance sampling inside a window (Sec. 3.3): draw from `density` restricted to start ≤ i < stop and renormalised there, by inverting its distribution function.
+    """Importance sampling inside a window (Sec. 3.3): draw from `density`, restricted to start ≤ i < stop and renormalised.
+
+    By inverting the distribution function.
 
     density (1001,), start and stop int64 (B,), u uniform in [0, 1), (B,) -> int64 (B,).
     """
