@@ -109,26 +109,32 @@ def initial_noise(shape, seeds):
 
 
 @torch.no_grad()
-def sample(model, noise, sigmas, cond, uncond=None, guidance=1.0, progress=False):
+def sample(model, noise, sigmas, cond, uncond=None, guidance=1.0, progress=False, cache=None):
     """Euler sampling along `sigmas`, from noise to data.
 
     model     called as model(x, sigma (B,), context, pooled) -> velocity like x
     noise     (B, C, H, W)
     sigmas    (n+1,), decreasing, from 1 to 0
     cond      (context (B, L, D), pooled (B, P)); `uncond` likewise, used when guidance > 1
+    cache     blocks that run in the first step only (cache.Cache)
     Returns the latents x_0, (B, C, H, W).
     """
     x, guided = noise, guidance > 1
     if guided:  # one doubled batch a step rather than two calls
-        context, pooled = (torch.cat([u, c]) for u, c in zip(uncond, cond, strict=True))
-    else:
-        context, pooled = cond
-    sigmas = sigmas.to(noise.device)
+        cond = [torch.cat([u, c]) for u, c in zip(uncond, cond, strict=True)]
+    sigmas, correction = sigmas.to(noise.device), None
     for sigma, sigma_next in tqdm(list(zip(sigmas[:-1], sigmas[1:])), desc="sampling", disable=not progress, leave=False):
-        if guided:
-            uncond_v, cond_v = model(torch.cat([x, x]), sigma.expand(2 * len(x)), context, pooled).chunk(2)
-            velocity = guide(uncond_v, cond_v, guidance)
+        inputs = torch.cat([x, x]) if guided else x
+        levels = sigma.expand(len(inputs))
+        if cache is None:
+            velocity = model(inputs, levels, *cond)
+        elif correction is None:  # the first step: all blocks run
+            velocity, residuals = model(inputs, levels, *cond, cache.ranges)
+            correction = cache.correct(residuals)
         else:
-            velocity = model(x, sigma.expand(len(x)), context, pooled)
+            velocity = model(inputs, levels, *cond, cache.ranges, correction)
+        if guided:
+            uncond_velocity, cond_velocity = velocity.chunk(2)
+            velocity = guide(uncond_velocity, cond_velocity, guidance)
         x = euler_step(x, velocity, sigma, sigma_next)
     return x

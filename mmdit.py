@@ -35,8 +35,13 @@ class MMDiT(nn.Module):
             JointBlock(width, heads, hidden, qk_norm, dual=i in dual, last=i == depth - 1) for i in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels)
 
-    def forward(self, latents, sigma, context, pooled):
-        """latents (B, C, H, W), sigma (B,) in [0, 1], context (B, L, D), pooled (B, P) -> velocity (B, C, H, W)."""
+    def forward(self, latents, sigma, context, pooled, ranges=None, residuals=None):
+        """latents (B, C, H, W), sigma (B,) in [0, 1], context (B, L, D), pooled (B, P) -> velocity (B, C, H, W).
+
+        The block cache (1.x-Distill, Sec. 3.4): `ranges` are pairs (a, b) of a first and a last block. With ranges alone every
+        block runs and the pass returns (velocity, residuals): what each range has added to the two streams, a list of pairs
+        (B, N, width), (B, L, width). With `residuals` as well, those blocks do not run: their residuals are added instead.
+        """
         h, w = self.grid_size(*latents.shape[-2:])
         dtype = self.pos_embed.dtype  # that of the weights; the caller's latents, and so its sampler, may stay in fp32
         t = timestep_features(1000 * sigma).to(dtype)                                   # (B, 256)
@@ -44,12 +49,21 @@ class MMDiT(nn.Module):
         c = self.context_embedder(context.to(dtype))                                    # (B, L, width)
         x = self.x_embedder["proj"](latents.to(dtype)).flatten(2).transpose(1, 2)       # (B, N, width), N = h w
         x = x + self.crop_pos_embed(h, w)                                               # (B, N, width)
-        for block in self.joint_blocks:
-            x, c = block(x, c, cond)                                                    # (B, N, width), (B, L, width)
+        found = []
+        for blocks, j in split_blocks(self.joint_blocks, ranges or []):
+            before = x, c
+            if j is not None and residuals is not None:
+                x, c = x + residuals[j][0], c + residuals[j][1]
+                continue
+            for block in blocks:
+                x, c = block(x, c, cond)                                                # (B, N, width), (B, L, width)
+            if j is not None:
+                found.append((x - before[0], c - before[1]))
         x = self.final_layer(x, cond)                                                   # (B, N, p p C)
         x = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (h, w))           # (B, h, w, p, p, C)
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                     # (B, C, h p, w p)
-        return x.to(latents.dtype)
+        x = x.to(latents.dtype)
+        return x if ranges is None or residuals is not None else (x, found)
 
     def grid_size(self, height, width):
         """Tokens down and across for a latent of this size. Raises UserError where the network cannot take it."""
@@ -171,6 +185,16 @@ def timestep_features(t):
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t.float()[:, None] * frequencies                                           # (B, 128)
     return torch.cat([angles.cos(), angles.sin()], dim=1)                               # (B, 256)
+
+
+def split_blocks(blocks, ranges):
+    """Cut a list of blocks at the cached ranges: yields (blocks, j) in order, j the index of the range or None outside them."""
+    done = 0
+    for j, (first, last) in enumerate(ranges):
+        yield blocks[done:first], None
+        yield blocks[first:last + 1], j
+        done = last + 1
+    yield blocks[done:], None
 
 
 def layer_norm(x):

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 import flow
 import weights
+from cache import Cache, check_ranges, load_cache, parse_ranges, save_cache
 from mmdit import MMDiT, load_mmdit, save_mmdit
 from text import TextEncoders, load_text_encoders, read_prompts, save_text_encoders
 from vae import VAE, load_vae, save_vae
@@ -37,6 +38,8 @@ def main():
     parser.add_argument("--steps", type=positive_int, help="default: the model's own, 28 for a teacher")
     parser.add_argument("--guidance", type=float, help="default: the model's own, 7 for a teacher")
     parser.add_argument("--shift", type=positive_float, help="of the noise levels (default: the model's own, 3)")
+    parser.add_argument("--cache", type=block_ranges, metavar="A-B",
+                        help="re-use blocks A to B, counted from 0, after the first step; none: run all (default: the model's own)")
     parser.add_argument("--size", type=image_size, help="H or HxW in pixels (default: the model's own)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of each prompt's first image; the next ones count up")
     parser.add_argument("--count", type=positive_int, default=1, help="images per prompt")
@@ -55,6 +58,8 @@ def main():
         weights.check_writable(args.latents)
     device = find_device(args.device)
     pipeline = load_pipeline(args.model, device, DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")])
+    if args.cache is not None:
+        pipeline.cache = Cache(args.cache) if args.cache else None
 
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.count)]
     latents = generate(pipeline, *zip(*jobs), size=args.size, negative=args.negative, steps=args.steps,
@@ -100,6 +105,14 @@ def positive_float(text):
     return float(text)
 
 
+def block_ranges(text):
+    """A-B, or several with commas between, or none -> a list of pairs, empty for none."""
+    try:
+        return parse_ranges(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from error
+
+
 def image_size(text):
     """H or HxW -> (H, W)."""
     sides = text.lower().split("x")
@@ -124,12 +137,13 @@ def find_device(name):
 
 @dataclass
 class Pipeline:
-    """The three networks of an SD3, and the shift of its noise levels."""
+    """The three networks of an SD3, the shift of its noise levels and, for a Stage II student, its block cache."""
 
     mmdit: MMDiT
     vae: VAE
     text: TextEncoders
     shift: float = 3.0
+    cache: Cache | None = None
 
     @property
     def device(self):
@@ -166,8 +180,9 @@ def load_pipeline(path, device="cpu", dtype=torch.float32):
     scheduler = path / "scheduler" / "scheduler_config.json"
     with weights.explained(scheduler, "a scheduler's settings"):
         shift = float(weights.read_json(scheduler).get("shift", 3.0)) if scheduler.exists() else 3.0
-    return Pipeline(load_mmdit(path, device, dtype), load_vae(path, device, dtype),
-                    load_text_encoders(path, device, dtype), shift)
+    mmdit = load_mmdit(path, device, dtype)
+    return Pipeline(mmdit, load_vae(path, device, dtype), load_text_encoders(path, device, dtype), shift,
+                    load_cache(path, mmdit, device, dtype))
 
 
 def save_pipeline(pipeline, folder, metadata=None, dtype=None):
@@ -181,6 +196,8 @@ def save_pipeline(pipeline, folder, metadata=None, dtype=None):
     save_mmdit(pipeline.mmdit, folder / "transformer", metadata, dtype, sample_size)
     save_vae(pipeline.vae, folder / "vae", dtype)
     save_text_encoders(pipeline.text, folder)
+    if pipeline.cache is not None:
+        save_cache(pipeline.cache, folder)
     weights.write_json(folder / "scheduler" / "scheduler_config.json", {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": pipeline.shift})
     t5 = pipeline.text.t5 is not None
@@ -200,6 +217,8 @@ def generate(pipeline, prompts, seeds, size=None, negative="", steps=None, guida
     """One latent for each pair of prompt and seed, (N, C, h, w). What is None is the model's own."""
     shape = pipeline.latent_shape(size)
     sigmas = pipeline.sigmas(steps, shift) if sigmas is None else sigmas
+    if pipeline.cache is not None:
+        check_ranges(pipeline.cache.ranges, pipeline.mmdit, steps=len(sigmas) - 1)
     guidance = pipeline.guidance() if guidance is None else guidance
     batch = max(1, LATENTS_AT_ONCE // (shape[1] * shape[2]))
     parts = []
@@ -207,7 +226,8 @@ def generate(pipeline, prompts, seeds, size=None, negative="", steps=None, guida
         cond = pipeline.text(prompts[i:i + batch])
         uncond = pipeline.text([negative] * len(cond[0])) if guidance > 1 else None
         noise = flow.initial_noise(shape, seeds[i:i + batch]).to(pipeline.device)
-        parts.append(flow.sample(pipeline.mmdit, noise, sigmas, cond, uncond, guidance, progress))
+        parts.append(flow.sample(pipeline.mmdit, noise, sigmas, cond, uncond, guidance, progress,
+                                 pipeline.cache))
     return torch.cat(parts)
 
 
