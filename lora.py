@@ -1,0 +1,66 @@
+"""Low-rank adapters (LoRA, Hu et al. 2022): W x + b becomes W x + b + (alpha / r) B A x, and only A and B are trained.
+
+As in Stage II of 1.x-Distill: on every attention and feed-forward matrix of every block, alpha = r, A Gaussian, B zero.
+The network with adapters shares all its other weights with the one it is made from, which stays as it is.
+"""
+
+import copy
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ADAPTED = re.compile(r"joint_blocks\.\d+\.(x|context)_block\.(attn2?\.(qkv|proj)|mlp\.fc[12])")
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear map with an adapter beside it. Weight and bias keep their names.
+
+    A matrix that holds several maps (`parts`), such as queries, keys and values, has an adapter for each.
+    """
+
+    def __init__(self, base, rank, parts):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.randn(parts, rank, base.in_features, device=device) / rank)
+        self.lora_B = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank, device=device))
+
+    def forward(self, x):
+        """x (…, in) -> (…, out)."""
+        low = F.linear(x, self.lora_A.flatten(0, 1)).unflatten(-1, self.lora_A.shape[:2])           # (…, parts, r)
+        return super().forward(x) + torch.einsum("...pr,por->...po", low, self.lora_B).flatten(-2)  # alpha / r = 1
+
+    def merged(self):
+        """The plain linear map that does the same."""
+        plain = nn.Linear(self.in_features, self.out_features, device="meta")
+        plain.weight = nn.Parameter(self.weight + (self.lora_B @ self.lora_A).flatten(0, 1), requires_grad=False)
+        plain.bias = self.bias
+        return plain
+
+
+def add_lora(model, rank):
+    """An MMDiT with fresh adapters over the frozen weights of `model`, and the list of the adapters."""
+    adapters = nn.ParameterList()
+
+    def adapt(name, linear):
+        adapted = LoRALinear(linear, rank, parts=3 if name.endswith("qkv") else 1)
+        adapters.extend([adapted.lora_A, adapted.lora_B])
+        return adapted
+
+    return replace_modules(model.requires_grad_(False), lambda name, _: ADAPTED.fullmatch(name), adapt), adapters
+
+
+def merge_lora(model):
+    """The same network with plain weights; one without adapters is only copied."""
+    return replace_modules(model, lambda _, module: isinstance(module, LoRALinear), lambda _, adapted: adapted.merged())
+
+
+def replace_modules(model, wanted, replacement):
+    """A copy that shares the weights of `model`, with some modules replaced: those wanted(name, module) picks."""
+    network = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
+    for name, module in list(network.named_modules()):
+        if wanted(name, module):
+            network.set_submodule(name, replacement(name, module))
+    return network
