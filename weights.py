@@ -173,8 +173,9 @@ def swap_halves(name, tensor, blocks):
 
 # ------------------------------------------------------------------------------------------------------- reading
 
-FIRST_NAME = {"transformer": "x_embedder.proj.weight", "vae": "decoder.conv_in.weight"}
-PREFIXES = {"transformer": "model.diffusion_model.", "vae": "first_stage_model."}  # in Stability's files; may be absent
+FIRST_NAME = {"transformer": "x_embedder.proj.weight", "vae": "decoder.conv_in.weight", "backbone": "trunk.stem.0.weight"}
+PREFIXES = {"transformer": "model.diffusion_model.", "vae": "first_stage_model.",  # in Stability's files; may be absent
+            "backbone": "visual."}                                                 # in OpenCLIP's
 TEXT_PREFIX = "text_encoders."
 
 
@@ -193,12 +194,13 @@ class NetworkFiles:
         self.config = read_json(config) if self.path.is_dir() and config.exists() else {}
 
         self.prefix = PREFIXES[component] if PREFIXES[component] + FIRST_NAME[component] in self.files else ""
-        numbers = (re.search(r"(?:joint_blocks|transformer_blocks|\.up|\.up_blocks)\.(\d+)\.", n) for n in self.own_names())
+        numbers = (re.search(r"(?:joint_blocks|transformer_blocks|stages|\.up|\.up_blocks)\.(\d+)\.", n)
+                   for n in self.own_names())
         self.blocks = max((int(n[1]) + 1 for n in numbers if n), default=0)
         self.diffusers = any(n.startswith(("transformer_blocks.", "decoder.up_blocks.")) for n in self.files)
         if FIRST_NAME[component] not in self or not self.blocks:
-            raise UserError(f"{self.path}: holds no SD3 {component} (tensor {self.their_names(FIRST_NAME[component])[0]} "
-                            "is missing)")
+            what = "ConvNeXt of OpenCLIP" if component == "backbone" else f"SD3 {component}"
+            raise UserError(f"{self.path}: holds no {what} (tensor {self.their_names(FIRST_NAME[component])[0]} is missing)")
 
     def their_names(self, name):
         """The names in the files of what makes up our tensor `name`."""

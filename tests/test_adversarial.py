@@ -1,0 +1,279 @@
+"""Stage II: turns, gradients, losses and the discriminator of Sec. 3.3, against numbers worked out another way."""
+
+import builtins
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import ConvNextConfig, ConvNextModel
+
+import adversarial
+import cache
+import flow
+import sample
+import weights
+from test_cache import random_inputs, random_network
+
+
+# ----------------------------------------------------------------------------------------------------------- turns
+
+def test_the_discriminator_begins_alone_and_then_has_two_turns_for_each_of_the_generator():
+    turns = [adversarial.is_generator_turn(update, alone=50, ratio=2) for update in range(60)]
+    assert [update for update, generator in enumerate(turns) if generator] == [50, 53, 56, 59]
+    assert all(adversarial.is_generator_turn(update, alone=0, ratio=0) for update in range(5))
+
+
+@pytest.mark.parametrize("alone, ratio", [(50, 2), (0, 0), (0, 1), (7, 3)])
+def test_generator_turns_are_counted(alone, ratio):
+    for updates in (0, 1, 7, 50, 51, 53, 54, 100):
+        counted = sum(adversarial.is_generator_turn(update, alone, ratio) for update in range(updates))
+        assert adversarial.generator_turns(updates, alone, ratio) == counted
+
+
+def test_the_released_warm_up_of_1000_updates_is_317_of_the_compensators_own():
+    assert adversarial.generator_turns(1000, alone=50, ratio=2) == 317
+
+
+# ------------------------------------------------------------------------------------------------- gradients of a turn
+
+def train_mode(ranges):
+    student, used = random_network().requires_grad_(True), cache.new_cache(ranges, 128)
+    student.pos_embed.requires_grad_(False)
+    x, _, context, pooled = random_inputs()
+    return student, used, x, (context, pooled)
+
+
+@pytest.mark.parametrize("ranges", [[(1, 3)], [(0, 1), (3, 4)], []], ids=str)
+@pytest.mark.parametrize("steps", [2, 4])
+def test_no_gradient_from_the_first_step_none_in_cached_blocks_and_some_everywhere_else(ranges, steps):
+    student, used, noise, cond = train_mode(ranges)
+    noise.requires_grad_(True)
+    calls = []
+    student.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    x, _ = adversarial.refine(student, noise, flow.student_sigmas(steps, 3.0), cond, used)
+    x.square().mean().backward()
+    assert calls == [False] + [True] * (steps - 1)
+    assert noise.grad is None
+    trained = {name for name, p in student.named_parameters() if p.grad is not None}
+    inside = {name for name in dict(student.named_parameters()) for first, last in ranges
+              for i in range(first, last + 1) if name.startswith(f"joint_blocks.{i}.")}
+    assert not trained & inside
+    assert trained == {name for name, p in student.named_parameters() if p.requires_grad} - inside
+    assert all(p.grad is not None for p in used.compensators.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ranges", [[(1, 3)], []], ids=str)
+def test_training_draws_exactly_what_sampling_draws(ranges):
+    student, used, noise, cond = train_mode(ranges)
+    for compensator in used.compensators:
+        torch.nn.init.normal_(compensator.image.fc2.weight, std=0.1)
+    sigmas = flow.student_sigmas(4, 3.0)
+    x, steps = adversarial.refine(student, noise, sigmas, cond, used)
+    assert torch.allclose(x, flow.sample(student, noise, sigmas, cond, cache=used if ranges else None), atol=1e-5) and not steps
+
+
+def test_distillation_compares_each_cached_step_with_the_original_students_whole_step():
+    student, used, noise, cond = train_mode([(1, 3)])
+    original, sigmas = random_network(), flow.student_sigmas(4, 3.0)
+    original.final_layer.linear.bias.add_(1)
+    x, steps = adversarial.refine(student, noise, sigmas, cond, used, original)
+    assert len(steps) == 3
+    first = flow.euler_step(noise, student(noise, sigmas[0].expand(2), *cond), sigmas[0], sigmas[1])
+    velocity, residuals = original(first, sigmas[1].expand(2), *cond, used.ranges)
+    assert torch.allclose(steps[0].full_velocity, velocity, atol=1e-5)
+    assert torch.allclose(steps[0].full_residuals[0][1], residuals[0][1], atol=1e-5)
+    assert not steps[0].full_velocity.requires_grad and not steps[0].full_residuals[0][0].requires_grad
+
+
+def test_feature_distillation_trains_the_compensators_prediction():
+    student, used = sample.load_pipeline(sample.TINY).mmdit, cache.new_cache([(5, 8)], 128)
+    noise, cond = torch.randn(8, 16, 8, 8), (torch.randn(8, 27, 128), torch.randn(8, 128))
+    optimizer, losses = torch.optim.Adam(used.compensators.parameters(), lr=1e-2), []
+    for _ in range(20):
+        _, steps = adversarial.refine(student, noise, flow.student_sigmas(2, 3.0), cond, used, student)
+        loss = adversarial.feature_distillation(steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_distillation_terms_by_hand():
+    one, two = torch.ones(2, 3, 4), torch.full((2, 5, 4), 2.0)
+    step = adversarial.Cached(torch.full((2, 1, 2, 2), 3.0), [(one, two)], torch.ones(2, 1, 2, 2), [(one * 2, two * 2.5)])
+    other = step._replace(velocity=torch.full((2, 1, 2, 2), 2.0))
+    assert adversarial.output_distillation([step, other]).item() == pytest.approx((4 + 1) / 2)
+    assert adversarial.feature_distillation([step, other]).item() == pytest.approx(1 + 9)
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+
+def bce(logit, label):
+    p = 1 / (1 + math.exp(-logit))
+    return -label * math.log(p) - (1 - label) * math.log(1 - p)
+
+
+class Fixed:
+    """Heads and a backbone whose logits depend on an image's mean alone: a map of two values, and one for the embedding."""
+
+    def __call__(self, *features):
+        images, = features
+        mean = images.mean(dim=(1, 2, 3))
+        return [torch.stack([mean, 2 * mean], dim=1).reshape(-1, 1, 1, 2), 3 * mean[:, None]]
+
+    @staticmethod
+    def backbone(images):
+        return (images,)
+
+
+def test_multilevel_losses_by_hand():
+    real, fake = torch.full((1, 3, 4, 4), 0.5), torch.full((1, 3, 4, 4), -0.25)
+    expected_real = (bce(0.5, 0.8) + bce(1.0, 0.8)) / 2 + bce(1.5, 0.8)
+    expected_fake = (bce(-0.25, 0) + bce(-0.5, 0)) / 2 + bce(-0.75, 0)
+    loss = adversarial.discriminator_loss(Fixed.backbone, Fixed(), fake, real)
+    assert loss.item() == pytest.approx(expected_real + expected_fake, rel=1e-5)
+    generator = adversarial.generator_loss(Fixed.backbone, Fixed(), fake)
+    assert generator.item() == pytest.approx((bce(-0.25, 0.8) + bce(-0.5, 0.8)) / 2 + bce(-0.75, 0.8), rel=1e-5)
+
+
+@pytest.mark.parametrize("logit, sign", [(1.3, -1), (math.log(4), 0), (1.5, 1)])
+def test_the_generators_gradient_changes_its_sign_at_ln_4(logit, sign):
+    logits = torch.tensor([[logit]], requires_grad=True)
+    adversarial.multilevel_loss([logits], adversarial.REAL_LABEL).backward()
+    assert logits.grad.item() == pytest.approx(0, abs=1e-6) if sign == 0 else logits.grad.item() * sign > 0
+
+
+def test_only_the_heads_learn_in_the_discriminators_turn_and_only_the_image_in_the_generators():
+    backbone = adversarial.load_backbone(sample.TINY)
+    heads = adversarial.Heads(backbone.widths, hidden=8)
+    fake, real = (torch.rand(2, 3, 64, 64, requires_grad=True) for _ in range(2))
+    adversarial.discriminator_loss(backbone, heads, fake, real).backward()
+    assert fake.grad is None and real.grad is None and all(p.grad is not None for p in heads.parameters())
+    adversarial.generator_loss(backbone, heads, fake).backward()
+    assert fake.grad.abs().sum() > 0 and all(p.grad is None for p in backbone.parameters())
+
+
+def test_the_discriminator_learns_to_tell_blurred_pictures_from_sharp_ones():
+    """The frozen tiny backbone sees detail, and the heads can use it."""
+    torch.manual_seed(0)
+    backbone = adversarial.load_backbone(sample.TINY)
+    heads = adversarial.Heads(backbone.widths, hidden=32)
+    optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3)
+    checks = torch.randn(16, 3, 8, 8).sign().repeat_interleave(8, 2).repeat_interleave(8, 3)
+    blurred = torch.nn.functional.avg_pool2d(checks, 3, stride=1, padding=1, count_include_pad=False)
+    losses = []
+    for _ in range(40):
+        loss = adversarial.discriminator_loss(backbone, heads, blurred, checks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_lpips_without_its_package_is_a_clear_error(monkeypatch):
+    importer = builtins.__import__
+
+    def without(name, *arguments, **keywords):
+        if name == "lpips":
+            raise ImportError(name)
+        return importer(name, *arguments, **keywords)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(weights.UserError, match="pip install lpips"):
+        adversarial.load_lpips("cpu")
+
+
+# ------------------------------------------------------------------------------------------------------ the networks
+
+def test_head_logits_have_a_quarter_of_the_maps_sides_and_each_matrix_has_norm_one():
+    torch.manual_seed(0)
+    heads = adversarial.Heads((4, 6, 8, 10), hidden=16)
+    for _ in range(30):  # the power iterations of spectral norm
+        logits = heads([torch.randn(2, 4, 16, 16), torch.randn(2, 6, 8, 8), torch.randn(2, 8, 4, 4)], torch.randn(2, 10))
+    assert [tuple(level.shape) for level in logits] == [(2, 1, 4, 4), (2, 1, 2, 2), (2, 1, 1, 1), (2, 1)]
+    matrices = [m for m in heads.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert len(matrices) == 8
+    for m in matrices:
+        assert torch.linalg.matrix_norm(m.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.02)
+
+
+def test_blur_keeps_constants_and_removes_the_finest_pattern():
+    blur = adversarial.BlurPool()
+    assert torch.allclose(blur(torch.ones(1, 2, 5, 5)), torch.ones(1, 2, 5, 5))
+    stripes = torch.tensor([1.0, -1.0]).repeat(4).expand(1, 1, 8, 8)
+    assert blur(stripes)[..., 1:-1].abs().max() < 1e-6
+
+
+def their_convnext(depths, widths):
+    """transformers' ConvNeXt with random weights, with the eps that timm and OpenCLIP use."""
+    theirs = ConvNextModel(ConvNextConfig(num_stages=4, depths=depths, hidden_sizes=widths, layer_norm_eps=1e-5)).eval()
+    for module in theirs.modules():
+        if hasattr(module, "eps"):
+            module.eps = 1e-5
+    for name, parameter in theirs.named_parameters():
+        torch.nn.init.normal_(parameter, mean=float("norm" in name and name.endswith("weight")), std=0.2)
+    return theirs
+
+
+def open_clip_names(state):
+    """Their tensors under the names of open_clip's file."""
+    names = {}
+    for name, tensor in state.items():
+        for theirs, ours in (("embeddings.patch_embeddings.", "stem.0."), ("embeddings.layernorm.", "stem.1."),
+                             ("encoder.stages.", "stages."), ("downsampling_layer.", "downsample."), (".layers.", ".blocks."),
+                             (".dwconv.", ".conv_dw."), (".layernorm.", ".norm."), (".pwconv1.", ".mlp.fc1."),
+                             (".pwconv2.", ".mlp.fc2."), ("layer_scale_parameter", "gamma"), ("layernorm.", "head.norm.")):
+            if not (theirs == "layernorm." and not name.startswith("layernorm.")):
+                name = name.replace(theirs, ours)
+        names[f"visual.trunk.{name}"] = tensor.contiguous()
+    return names
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["file", "folder", "component"])
+def test_convnext_computes_what_transformers_computes_and_leaves_a_text_tower_alone(place, tmp_path):
+    torch.manual_seed(0)
+    theirs = their_convnext([1, 2, 3, 1], [8, 12, 16, 24])
+    projection = torch.randn(10, 24)
+    state = {**open_clip_names(theirs.state_dict()), "visual.head.proj.weight": projection,
+             "transformer.resblocks.0.attn.in_proj_bias": torch.ones(3), "logit_scale": torch.ones(1)}
+    folder = tmp_path / ("backbone" if place == "component" else "")
+    folder.mkdir(exist_ok=True)
+    save_file(state, folder / adversarial.BACKBONE_FILE)
+    ours = adversarial.load_backbone(folder / adversarial.BACKBONE_FILE if place == "file" else tmp_path)
+    assert ours.widths == (8, 12, 16, 10)
+    images = torch.rand(2, 3, 64, 96) * 2 - 1
+    mean, std = (torch.tensor(v)[:, None, None] for v in (adversarial.CLIP_MEAN, adversarial.CLIP_STD))
+    expected = theirs((((images + 1) / 2) - mean) / std, output_hidden_states=True)
+    maps, embedding = ours(images)
+    for ours_map, their_map in zip(maps, expected.hidden_states[1:4], strict=True):
+        assert torch.allclose(ours_map, their_map, atol=1e-4 * their_map.abs().max())
+    expected_embedding = expected.pooler_output @ projection.T
+    assert torch.allclose(embedding, expected_embedding, atol=1e-4 * expected_embedding.abs().max())
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("visual.trunk.stages.1.blocks.0.norm.bias"), "visual.trunk.stages.1.blocks.0.norm.bias is missing"),
+    (lambda s: s.pop("visual.trunk.stem.0.weight"), "holds no ConvNeXt"),
+    (lambda s: s.update({"visual.trunk.extra": torch.ones(1)}), "visual.trunk.extra does not belong there"),
+    (lambda s: s.update({"visual.head.proj.weight": torch.ones(64, 7)}), "has shape"),
+    (lambda s: s["visual.head.proj.weight"].fill_(float("nan")), "not finite"),
+    (lambda s: s.clear() or s.update({"weight": torch.ones(1)}), "holds no ConvNeXt"),
+])
+def test_a_damaged_backbone_is_named(change, words, tmp_path):
+    state = load_file(sample.TINY / "backbone" / adversarial.BACKBONE_FILE)
+    change(state)
+    save_file(state, tmp_path / adversarial.BACKBONE_FILE)
+    with pytest.raises(weights.UserError, match=words):
+        adversarial.load_backbone(tmp_path)
+
+
+def test_saving_the_backbone_is_the_inverse_of_loading(tmp_path):
+    network = adversarial.load_backbone(sample.TINY)
+    adversarial.save_backbone(network, tmp_path)
+    again = adversarial.load_backbone(tmp_path).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in network.state_dict().items())
