@@ -175,7 +175,8 @@ def load_recogniser(folder):
 
 # ----------------------------------------------------------------------------------------------------- measures
 
-def measure(draw, recogniser, captions=256, samples=64):
+@torch.no_grad()
+def measure(draw, recogniser, captions=256, samples=64, renders=2048):
     """How well a generator follows prompts, and how fully it covers what they leave open, each from 0 to 1.
 
     draw(prompts, seeds) -> images (N, 3, 64, 64). Prompts and seeds are the same at every call.
@@ -183,9 +184,12 @@ def measure(draw, recogniser, captions=256, samples=64):
     coverage    normalised entropy of an open attribute, mean over the prompts that name one other attribute alone, from
                 `samples` images each; the truth is uniform and scores 1
     Both for each attribute, and "mean" over them; "whole prompt" is the share of images with all that is named right.
+    frechet     distance of the images of the random captions from so many `renders`, in the recogniser's features; renders
+                themselves, 256 of them, are at some 30
     """
     prompts, labels, named = draw_captions(captions, torch.Generator().manual_seed(20_000))
-    seen = recognise(recogniser, draw(prompts, range(30_000, 30_000 + captions)))
+    images = draw(prompts, range(30_000, 30_000 + captions))
+    seen = recognise(recogniser, images)
     followed = dict(zip(NAMES, adherence(seen, labels, named).tolist()))
     whole = ((seen == labels) | ~named).all(1).float().mean().item()
 
@@ -194,8 +198,10 @@ def measure(draw, recogniser, captions=256, samples=64):
     seen = recognise(recogniser, draw(*zip(*jobs))).unflatten(0, (len(NAMES), samples))
     covered = {name: sum(coverage(seen[j, :, i], i) for j in range(len(NAMES)) if j != i) / (len(NAMES) - 1)
                for i, name in enumerate(NAMES)}
+    truth = render(*draw_scenes(renders, torch.Generator().manual_seed(50_000)))
+    distance = frechet_distance(*(torch.cat([recogniser.features(part) for part in x.split(256)]) for x in (images, truth)))
     return {"adherence": {"mean": sum(followed.values()) / len(NAMES), **followed, "whole prompt": whole},
-            "coverage": {"mean": sum(covered.values()) / len(NAMES), **covered}}
+            "coverage": {"mean": sum(covered.values()) / len(NAMES), **covered}, "frechet": {"distance": distance}}
 
 
 def adherence(seen, labels, named):
@@ -214,3 +220,15 @@ def coverage(seen, attribute):
     p = counts[counts > 0] / counts.sum()
     entropy = -(p * p.log()).sum() + (len(p) - 1) / (2 * counts.sum())
     return (entropy / math.log(CHOICES[attribute])).item()
+
+
+def frechet_distance(a, b):
+    """Fréchet distance between the Gaussians of mean and covariance as in two sets of features (N, D) and (M, D).
+
+    |μa - μb|² + tr(Ca + Cb - 2 (Ca^½ Cb Ca^½)^½), in double precision, by eigenvalues (Heusel et al. 2017).
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.double().mean(0), x.double().T.cov()) for x in (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()

@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 import flow
 import shapes
 import weights
+from adversarial import ConvNeXt
 from mmdit import MMDiT
 from text import TextEncoders, load_tokenizer
 from vae import VAE, ResBlock
@@ -24,6 +25,7 @@ CLIP_LENGTH, T5_LENGTH = 14, 13   # tokens: the longest caption, its start (CLIP
 CLIP_WIDTH, T5_WIDTH = 64, 128
 WIDTH, DEPTH, POS_MAX = 128, 12, 16   # of the MMDiT; images up to 256×256
 VAE_WIDTHS, VAE_LAYERS, VAE_GROUPS = (16, 64, 96, 96), 1, 8   # wide where it is cheap, narrow at full resolution
+BACKBONE_DEPTHS, BACKBONE_WIDTHS, BACKBONE_EMBEDDING = (1, 1, 2, 1), (48, 96, 128, 160), 64
 SHIFT = 3.0
 POOL = 65_536  # scenes whose latents the teacher is trained on; their captions are drawn afresh each time
 
@@ -157,6 +159,28 @@ def recogniser_loss(recogniser, generator, batch=128):
     images = images + 0.1 * torch.rand(batch, 1, 1, 1, generator=generator) * torch.randn(images.shape, generator=generator)
     logits, labels = recogniser(images.to(device_of(recogniser))), labels.to(device_of(recogniser))
     return torch.stack([F.cross_entropy(values, labels[:, i]) for i, values in enumerate(logits)]).mean()
+
+
+class TinyBackbone(nn.Module):
+    """The discriminator's ConvNeXt, with linear probes that are dropped later: on the embedding, for each attribute, and on
+    the third feature map, for what no caption tells. It never meets the recogniser: other scenes, weights and layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = ConvNeXt(BACKBONE_DEPTHS, BACKBONE_WIDTHS, BACKBONE_EMBEDDING)
+        self.probes = nn.ModuleList(nn.Linear(BACKBONE_EMBEDDING, k) for k in shapes.CHOICES)
+        self.jitter = nn.Linear(BACKBONE_WIDTHS[2], 3)
+
+
+def backbone_loss(network, generator, batch=128):
+    """Cross-entropy of each attribute, and the squared error of position and radius, on fresh renders, slightly noisy."""
+    labels, jitter = shapes.draw_scenes(batch, generator)
+    images = shapes.render(labels, jitter)
+    images = images + 0.05 * torch.rand(batch, 1, 1, 1, generator=generator) * torch.randn(images.shape, generator=generator)
+    images, labels, jitter = (tensor.to(device_of(network)) for tensor in (images, labels, jitter))
+    maps, embedding = network.backbone(images)
+    read = torch.stack([F.cross_entropy(probe(embedding), labels[:, i]) for i, probe in enumerate(network.probes)])
+    return read.mean() + F.mse_loss(network.jitter(maps[2].mean(dim=(2, 3))).float(), jitter)
 
 
 def vae_loss(vae, generator, batch=16, kl_weight=1e-5):

@@ -1,17 +1,20 @@
 """Train a few-step student of an SD3 model.
 
     python train.py --stage 1      Stage I, distribution matching: a student of 2 steps (dmd.py)
+    python train.py --stage 2      Stage II, adversarial, with cached blocks: a student of 1.67 steps (adversarial.py, cache.py)
     python train.py --stage 0      make the tiny SD3 that the other commands use by default (tiny.py, shapes.py)
 
 A run writes to --out: the model in the diffusers folder layout, log.jsonl, contact sheets, metrics.json where the truth is
 known (the tiny world), and state.safetensors, from which --resume goes on.
 """
 
+import argparse
 import contextlib
 import copy
 import json
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,20 +27,38 @@ import flow
 import shapes
 import tiny
 import weights
-from sample import (TINY, CommandLine, Pipeline, contact_sheet, decode, find_device, generate, load_pipeline, positive_float,
-                    positive_int, save_pipeline, seed_number, write_picture)
+from adversarial import (Heads, discriminator_loss, feature_distillation, generator_loss, generator_turns, is_generator_turn,
+                         load_backbone, load_lpips, output_distillation, refine, save_backbone)
+from cache import Cache, check_ranges, effective_nfe, load_cache, new_cache
+from lora import add_lora, merge_lora
+from mmdit import load_mmdit
+from sample import (TINY, CommandLine, Pipeline, block_ranges, contact_sheet, decode, find_device, generate, load_pipeline,
+                    positive_float, positive_int, save_pipeline, seed_number, write_picture)
 from text import read_prompts
 
-# Stage I numbers: those of the paper for SD3-Medium (Sec. 4.1), with alpha = 0.96 as in the released 2-step configuration (the
-# paper says 0.94). The tiny preset is tuned to its world.
-PAPER = {"steps": 2, "iterations": 500, "batch": 64, "student_lr": 5e-6, "fake_lr": 4e-5, "guidance": 7.0, "alpha": 0.96}
+# The numbers of the paper for SD3-Medium (Sec. 4.1). Stage I has alpha = 0.96 as in the released 2-step configuration (the
+# paper says 0.94). Stage II warms the compensator up for as many updates of its own as the released schedule, which counts
+# updates of every kind, comes to (the paper speaks of 500). The weights of the distillation terms are ours, and so is where the
+# cached range lies: the paper gives the number of blocks, its released configuration 2-7. The tiny presets fit their world.
+STAGE1 = {"steps": 2, "iterations": 500, "batch": 64, "student_lr": 5e-6, "fake_lr": 4e-5, "guidance": 7.0, "alpha": 0.96,
+          "density": "c", "windows": "step"}
+STAGE2 = {"steps": None, "iterations": 4000, "batch": 32, "student_lr": 1e-5, "compensator_lr": 1e-3, "discriminator_lr": 1e-5,
+          "objective": "adv", "cache": [(2, 9)], "lora": 64, "alone": 50, "turns": 2, "warmup": 317, "output_weight": 1.0,
+          "feature_weight": 1.0, "lpips": 0.0, "student": None, "reference": None,
+          "backbone": "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup"}
+MODELS = {"tiny": TINY, "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+          "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium", "sd3.5-large": "stabilityai/stable-diffusion-3.5-large"}
 PRESETS = {
-    "tiny": {**PAPER, "model": TINY, "iterations": 200, "batch": 48, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.80},
-    "sd3-medium": {**PAPER, "model": "stabilityai/stable-diffusion-3-medium-diffusers"},
-    "sd3.5-medium": {**PAPER, "model": "stabilityai/stable-diffusion-3.5-medium"},
-    "sd3.5-large": {**PAPER, "model": "stabilityai/stable-diffusion-3.5-large"},
+    0: dict.fromkeys(MODELS, {}),
+    1: {**dict.fromkeys(MODELS, STAGE1),
+        "tiny": {**STAGE1, "iterations": 200, "batch": 48, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.80}},
+    2: {**dict.fromkeys(MODELS, STAGE2),
+        "tiny": {**STAGE2, "iterations": 400, "batch": 48, "student_lr": 1e-4, "compensator_lr": 1e-3, "discriminator_lr": 1e-4,
+                 "cache": [(2, 5)], "lora": 16, "alone": 20, "warmup": 30, "backbone": TINY},
+        "sd3.5-large": {**STAGE2, "cache": [(3, 12)]}},
 }
-CLIP_STUDENT, CLIP_FAKE = 2.0, 1.0  # largest norm of the gradients
+CLIP_STUDENT, CLIP_FAKE = 2.0, 1.0  # largest norm of the gradients; all of Stage II has the first
+STAGE1_RUN, REFERENCE_RUN = Path("runs/stage1"), Path("runs/stage1-4steps")
 LOG_EVERY, SAVE_SECONDS = 10, 60
 TEACHER_ITERATIONS = 12_000         # of stage 0
 GUIDANCES = (1.0, 2.0, 3.0, 4.0, 5.0)  # tried for the teacher that stage 0 makes
@@ -47,37 +68,70 @@ GUIDANCES = (1.0, 2.0, 3.0, 4.0, 5.0)  # tried for the teacher that stage 0 make
 
 def main():
     parser = CommandLine(description="Distil an SD3 model into a few-step student.")
-    parser.add_argument("--stage", type=int, choices=[0, 1], required=True)
-    parser.add_argument("--preset", choices=PRESETS, default="tiny", help="sets the defaults of what follows")
+    parser.add_argument("--stage", type=int, choices=PRESETS, required=True)
+    parser.add_argument("--preset", choices=MODELS, default="tiny", help="sets the defaults of what follows")
     parser.add_argument("--model", help="the teacher: file, folder or Hugging Face id")
     parser.add_argument("--prompts", help="a file of prompts (default: captions of the tiny world, drawn on the fly)")
     parser.add_argument("--steps", type=int, choices=[1, 2, 4, 8], help="of the student")
-    parser.add_argument("--guidance", type=float, help="w, of the teacher")
-    parser.add_argument("--alpha", type=float, help="guidance is on up to this noise level; 1: always")
-    parser.add_argument("--density", choices=dmd.DENSITIES, default="c", help="how the student's noise levels are drawn")
-    parser.add_argument("--windows", choices=["step", "whole"], default="step",
-                        help="levels that a step is compared at: its own window (TDM), or all (DMD)")
     parser.add_argument("--iterations", type=positive_int)
     parser.add_argument("--batch", type=positive_int)
     parser.add_argument("--student-lr", type=positive_float)
-    parser.add_argument("--fake-lr", type=positive_float)
+    one = parser.add_argument_group("stage 1")
+    one.add_argument("--guidance", type=float, help="w, of the teacher")
+    one.add_argument("--alpha", type=float, help="guidance is on up to this noise level; 1: always")
+    one.add_argument("--density", choices=dmd.DENSITIES, help="how the student's noise levels are drawn")
+    one.add_argument("--windows", choices=["step", "whole"],
+                     help="levels that a step is compared at: its own window (TDM), or all (DMD)")
+    one.add_argument("--fake-lr", type=positive_float)
+    two = parser.add_argument_group("stage 2")
+    two.add_argument("--student", help="to start from (default: the Stage I run in runs/stage1)")
+    two.add_argument("--reference", help="makes the real images (default: runs/stage1-4steps, else the teacher)")
+    two.add_argument("--backbone", help="the discriminator's ConvNeXt: file, folder or Hugging Face id")
+    two.add_argument("--cache", type=block_ranges, metavar="A-B", help="blocks that only the first step runs, from 0; or none")
+    two.add_argument("--objective", choices=["adv", "adv+kd", "kd"], help="adversarial, distillation of the full step, or both")
+    two.add_argument("--output-weight", type=weight, help="of the velocity's distillation, where there is kd")
+    two.add_argument("--feature-weight", type=weight, help="of the residual's distillation, where there is kd")
+    two.add_argument("--lpips", type=weight, help="weight of the LPIPS distance to the real image (needs the package lpips)")
+    two.add_argument("--turns", type=positive_int, help="updates of the discriminator for each of the generator")
+    two.add_argument("--warmup", type=whole_number, help="updates of the compensator before the student's own weights move")
+    two.add_argument("--lora", type=whole_number, metavar="RANK", help="0: train the student's weights themselves")
+    two.add_argument("--compensator-lr", type=positive_float)
+    two.add_argument("--discriminator-lr", type=positive_float)
     parser.add_argument("--sheet-every", type=positive_int, default=100, help="iterations between contact sheets")
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic (autocast); weights are fp32")
-    parser.add_argument("--out", help="default: runs/stage0, runs/stage1")
+    parser.add_argument("--out", help="default: runs/stage0, runs/stage1, runs/stage1-4steps (for --steps 4), runs/stage2")
     parser.add_argument("--resume", action="store_true", help="go on from where the run in --out stopped")
     args = parser.parse_args()
-    for name, value in PRESETS[args.preset].items():
-        if getattr(args, name) is None:
+
+    preset = PRESETS[args.stage][args.preset]
+    for name in {**STAGE1, **STAGE2}.keys() - preset.keys() - {"alone"}:
+        if getattr(args, name) is not None:
+            raise weights.UserError(f"--{name.replace('_', '-')} means nothing to --stage {args.stage}")
+    for name, value in {"model": MODELS[args.preset], **preset}.items():
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.device = find_device(args.device)
     args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
-    args.out = Path(args.out or f"runs/stage{args.stage}")
+    stage = f"runs/stage{args.stage}" + (f"-{args.steps}steps" if args.stage == 1 and args.steps != 2 else "")
+    args.out = Path(args.out or stage)
     weights.check_writable(args.out / "log.jsonl")
     if any(args.out.iterdir()) and not args.resume:
         raise weights.UserError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
-    (stage0 if args.stage == 0 else stage1)(args)
+    {0: stage0, 1: stage1, 2: stage2}[args.stage](args)
+
+
+def weight(text):
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return float(text)
+
+
+def whole_number(text):
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 up")
+    return int(text)
 
 
 def fast_bf16(device):
@@ -103,9 +157,9 @@ class Run:
     that goes on from step i draws what it would have drawn.
     """
 
-    def __init__(self, folder, name, networks, optimizers, settings=None):
+    def __init__(self, folder, name, networks, optimizers, settings=""):
         self.folder, self.name, self.networks, self.optimizers, self.step = folder, name, networks, optimizers, 0
-        self.settings = json.dumps(settings, default=str, sort_keys=True)
+        self.settings = settings
         self.file = folder / "state.safetensors"
 
     def generator(self, seed):
@@ -184,9 +238,7 @@ def descend(optimizer, loss, max_norm):
 
 def stage1(args):
     """Stage I, structure-focused distribution matching (Sec. 3.2 and 3.3): teacher, fake and student make one loss."""
-    prompts = read_prompts(args.prompts) if args.prompts else None
-    if prompts is None and not is_tiny_world(args.model):
-        raise weights.UserError(f"{args.model}: give --prompts FILE; only the tiny SD3 draws captions of its own")
+    prompts = prompts_to_draw(args)
     teacher = load_pipeline(args.model, args.device)
     student, fake = (copy.deepcopy(teacher.mmdit).train().requires_grad_(True) for _ in range(2))
     for network in (student, fake):
@@ -194,9 +246,7 @@ def stage1(args):
     adamw = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=1e-4, eps=1e-8, fused=True)
     optimizers = {"student_adamw": adamw(trainable(student), lr=args.student_lr),
                   "fake_adamw": adamw(trainable(fake), lr=args.fake_lr)}
-    settings = {name: getattr(args, name) for name in ("model", "prompts", "steps", "guidance", "alpha", "density", "windows",
-                                                        "batch", "student_lr", "fake_lr", "seed", "dtype")}
-    run = Run(args.out, "stage 1", {"student": student, "fake": fake}, optimizers, settings)
+    run = Run(args.out, "stage 1", {"student": student, "fake": fake}, optimizers, settings(args))
 
     device, shape = args.device, teacher.latent_shape()
     grid = flow.teacher_grid(teacher.shift)
@@ -243,12 +293,163 @@ def stage1(args):
         report(args, args.model, sampling)
 
 
+# ------------------------------------------------------------------------------------------------------- stage II
+
+def stage2(args):
+    """Stage II, adversarial refinement of details with cached blocks (Sec. 3.3 and 3.4), trained as the student samples."""
+    prompts = prompts_to_draw(args)
+    initial = load_student(args)
+    reference = load_reference(args, initial)
+    device, shape = args.device, initial.latent_shape()
+    sigmas = initial.sigmas(args.steps).to(device)
+    check_ranges(args.cache, initial.mmdit, steps=len(sigmas) - 1)
+    adversarial, distilling = "adv" in args.objective, "kd" in args.objective
+    if len(sigmas) < 3:
+        raise weights.UserError("Stage II trains the steps after the first: it needs a student of at least 2 steps")
+    if distilling and not args.cache:
+        raise weights.UserError(f"--objective {args.objective} distils cached steps from full ones: it needs a --cache")
+    args.turns = args.turns if adversarial else 0  # with nothing to tell apart, every update is the generator's
+    args.alone = args.alone if adversarial else 0
+    args.warmup = args.warmup if args.cache else 0
+    lpips = load_lpips(device) if args.lpips else None
+
+    torch.manual_seed(args.seed)  # for the initial weights alone
+    if args.lora:
+        student, trained = add_lora(initial.mmdit, args.lora)
+    else:
+        student = copy.deepcopy(initial.mmdit).requires_grad_(True)
+        student.pos_embed.requires_grad_(False)
+        trained = student
+    cache = new_cache(args.cache, student.pos_embed.shape[2], device)
+    networks = {"student": trained, "compensators": cache.compensators}
+    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+    own = trainable(trained)
+    optimizers = {"generator_adamw": adamw([{"params": own, "lr": args.student_lr},
+                                            {"params": trainable(cache.compensators), "lr": args.compensator_lr}])}
+    if adversarial:
+        backbone = load_backbone(args.backbone, device)
+        heads = networks["heads"] = Heads(backbone.widths).to(device)
+        optimizers["discriminator_adamw"] = adamw(heads.parameters(), lr=args.discriminator_lr)
+    run = Run(args.out, "stage 2", networks, optimizers, settings(args))
+
+    reference_sigmas, reference_guidance = reference.sigmas(), reference.guidance()
+    uncond = tuple(part.expand(args.batch, *part.shape[1:]) for part in initial.text([""]))
+    losses = {}  # the latest of every kind, for the log
+
+    def real_images(noise, cond):
+        """Decoded samples of the reference generator from the same noise and prompts."""
+        latents = flow.sample(reference.mmdit, noise, reference_sigmas, cond, uncond, reference_guidance, cache=reference.cache)
+        with torch.no_grad():
+            return initial.vae.decode(latents)
+
+    def discriminator_update(noise, cond):
+        with arithmetic(args):
+            with torch.no_grad():
+                fake = initial.vae.decode(refine(student, noise, sigmas, cond, cache)[0])
+            losses["discriminator"] = discriminator_loss(backbone, heads, fake, real_images(noise, cond))
+        descend(optimizers["discriminator_adamw"], losses["discriminator"], CLIP_STUDENT)
+
+    def generator_update(noise, cond, warm):
+        for parameter in own:
+            parameter.requires_grad_(warm)
+        terms = {}
+        with arithmetic(args):
+            latents, steps = refine(student, noise, sigmas, cond, cache, initial.mmdit if distilling else None)
+            images = initial.vae.decode(latents) if adversarial or lpips else None
+            if adversarial:
+                terms["adversarial"] = generator_loss(backbone, heads, images)
+            if distilling and args.output_weight:
+                terms["output"] = args.output_weight * output_distillation(steps)
+            if distilling and args.feature_weight:
+                terms["feature"] = args.feature_weight * feature_distillation(steps)
+            if lpips:
+                terms["lpips"] = args.lpips * lpips(images, real_images(noise, cond))
+        losses["norm"] = descend(optimizers["generator_adamw"], sum(terms.values()), CLIP_STUDENT)
+        losses.update(terms)
+
+    def update(run):
+        generator = run.generator(args.seed)
+        cond = initial.text(draw_prompts(prompts, args.batch, generator))
+        noise = torch.randn(args.batch, *shape, generator=generator).to(device)
+        if is_generator_turn(run.step, args.alone, args.turns):
+            generator_update(noise, cond, warm=generator_turns(run.step, args.alone, args.turns) >= args.warmup)
+        else:
+            discriminator_update(noise, cond)
+        return losses
+
+    how = {"sigmas": sigmas, "guidance": 1.0}
+    refined = replace(initial, mmdit=student, cache=cache if args.cache else None)
+    sampling = {"Stage I student": (initial, how)}
+    if args.cache:
+        sampling["Stage I, plain re-use"] = replace(initial, cache=Cache(args.cache)), how
+    sampling.update({"student": (refined, how), "reference": (reference, {})})
+    fit(run, update, args.iterations, Sheet(args, prompts, sampling), args.sheet_every)
+
+    refined.mmdit = merge_lora(student)
+    header = {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings}
+    save_pipeline(refined, args.out, header)
+    nfe = effective_nfe(len(student.joint_blocks), args.cache, len(sigmas) - 1)
+    print(f"student: {args.out}, {nfe:.2f} effective evaluations")
+    if is_tiny_world(args.model):
+        report(args, args.model, sampling)
+
+
+def load_student(args):
+    """The Stage I student that Stage II starts from."""
+    if args.student is None and not is_finished(STAGE1_RUN):
+        raise weights.UserError("Stage II starts from a Stage I student: run `python train.py --stage 1` first, or name one "
+                                "with --student")
+    student = load_pipeline(args.student or STAGE1_RUN, args.device)
+    if student.carried("sigmas") is None:
+        raise weights.UserError(f"{args.student}: no student of Stage I, since it carries no noise levels of its own")
+    student.cache = None
+    return student
+
+
+def load_reference(args, student):
+    """The generator of the real images, beside the student's autoencoder and text: a few-step student, or else the teacher.
+
+    The teacher needs many more passes for an image: that is said, with the way out.
+    """
+    path = weights.find_model(args.reference or (REFERENCE_RUN if is_finished(REFERENCE_RUN) else args.model))
+    mmdit = load_mmdit(path, args.device)
+    sizes, own = ({name: tensor.shape for name, tensor in network.state_dict().items()} for network in (mmdit, student.mmdit))
+    if sizes != own:
+        raise weights.UserError(f"{path}: a reference of another architecture than the student's")
+    reference = replace(student, mmdit=mmdit, cache=load_cache(path, mmdit, args.device))
+    steps = len(reference.sigmas()) - 1
+    passes = steps * (2 if reference.guidance() > 1 else 1)
+    if passes > 8:
+        print(f"reference: {path}, {passes} network passes for each real image. A 4-step student needs 4: "
+              "make one with `python train.py --stage 1 --steps 4`")
+    return reference
+
+
+def is_finished(folder):
+    return (folder / "model_index.json").exists()
+
+
+# --------------------------------------------------------------------------------------------- what the stages share
+
 def trainable(network):
     return [p for p in network.parameters() if p.requires_grad]
 
 
 def is_tiny_world(model):
     return shapes.recogniser_file(model).exists()
+
+
+def settings(args):
+    """All that decides how a run goes, but for its length, as JSON."""
+    names = {"model", "prompts", "seed", "dtype", *PRESETS[args.stage][args.preset]} - {"iterations"}
+    return json.dumps({name: getattr(args, name) for name in names}, default=str, sort_keys=True)
+
+
+def prompts_to_draw(args):
+    """The prompts of --prompts; None stands for captions of the tiny world."""
+    if args.prompts is None and not is_tiny_world(args.model):
+        raise weights.UserError(f"{args.model}: give --prompts FILE; only the tiny SD3 draws captions of its own")
+    return read_prompts(args.prompts) if args.prompts else None
 
 
 def draw_prompts(prompts, n, generator):
@@ -290,7 +491,7 @@ def report(args, model, sampling):
     measured = {name: shapes.measure(partial(draw, args, pipeline, how), recogniser)
                 for name, (pipeline, how) in tqdm(sampling.items(), desc="measuring")}
     weights.write_json(args.out / "metrics.json", measured)
-    for what in ("adherence", "coverage"):
+    for what in ("adherence", "coverage", "frechet"):
         headings = next(iter(measured.values()))[what]
         print(f"\n{what:28}" + "".join(f"{name:>13}" for name in headings))
         for name, values in measured.items():
@@ -307,6 +508,7 @@ def stage0(args):
     make = partial(make_part, args)
     text = make("text", partial(tiny.TinyText, args.out), tiny.text_loss, 400, 2e-3).encoders
     recogniser = make("recogniser", shapes.Recogniser, tiny.recogniser_loss, 800, 1e-3)
+    backbone = make("backbone", tiny.TinyBackbone, tiny.backbone_loss, 1200, 2e-3, seed=args.seed + 1000).backbone
     vae = make("vae", tiny.new_vae, tiny.vae_loss, 2400, 2e-3)
     with arithmetic(args):
         latents, labels = tiny.encode_pool(vae, tiny.POOL, args.seed + 1)
@@ -318,6 +520,7 @@ def stage0(args):
     pipeline = Pipeline(mmdit.half().float(), vae.half().float(), text.half().float(), tiny.SHIFT)
     mmdit.settings["sample_size"] = shapes.SIZE // vae.factor
     weights.write_safetensors(shapes.recogniser_file(args.out), recogniser.state_dict())
+    save_backbone(backbone, args.out, torch.float16)
     measured = report(args, args.out, {f"teacher, 28 steps, w = {w:g}": (pipeline, {"steps": 28, "guidance": w})
                                        for w in GUIDANCES})
     best = max(GUIDANCES, key=lambda w: measured[f"teacher, 28 steps, w = {w:g}"]["adherence"]["mean"])
@@ -325,9 +528,10 @@ def stage0(args):
     print(f"\ntiny SD3: {args.out}, best guidance w = {best:g}")
 
 
-def make_part(args, name, build, loss, iterations, rate, average=0.999):
+def make_part(args, name, build, loss, iterations, rate, average=0.999, seed=None):
     """Train one network by one loss: AdamW, a short warm-up, then a cosine down to 0. Returns its moving average."""
-    torch.manual_seed(args.seed)  # for the initial weights alone
+    seed = args.seed if seed is None else seed
+    torch.manual_seed(seed)  # for the initial weights alone
     network = build().to(args.device)
     file = args.out / "parts" / f"{name}.safetensors"
     if file.exists():
@@ -339,7 +543,7 @@ def make_part(args, name, build, loss, iterations, rate, average=0.999):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((run.step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * run.step / iterations))
         with arithmetic(args):
-            value = loss(network, run.generator(args.seed))
+            value = loss(network, run.generator(seed))
         norm = descend(optimizer, value, max_norm=1.0)
         decay = min(average, (1 + run.step) / (10 + run.step))
         with torch.no_grad():

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections import namedtuple
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,9 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProject
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sample  # noqa: E402
+import shapes  # noqa: E402
 import tiny  # noqa: E402
+import train  # noqa: E402
 
 KINDS = {
     "SD3-Medium": {},
@@ -53,6 +55,27 @@ def make_pair(tmp_path_factory):
 @pytest.fixture(scope="session", params=PAIRS, ids=" ".join)
 def pair(request, make_pair):
     return make_pair(*request.param)
+
+
+# ------------------------------------------------------------------------------------------------- training runs
+
+@pytest.fixture(scope="session")
+def train_run():
+    """train_run(*arguments) runs train.py on the shipped model: in fp32, on small batches, with quick measures."""
+    def run(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shapes, "measure", partial(shapes.measure, captions=4, samples=1, renders=64))
+            patch.setattr(sys, "argv", ["train.py", *"--batch 4 --dtype fp32 --sheet-every 2".split(), *map(str, arguments)])
+            train.main()
+    return run
+
+
+@pytest.fixture(scope="session")
+def two_steps(train_run, tmp_path_factory):
+    """A Stage I run of two iterations: the folder of its student of two steps."""
+    out = tmp_path_factory.mktemp("runs") / "stage1"
+    train_run("--stage", 1, "--iterations", 2, "--out", out)
+    return out
 
 
 # --------------------------------------------------------------------------------------------- random pipelines

@@ -1,4 +1,4 @@
-"""`python train.py`: the loop, exact resume, what a run leaves behind, and wrong arguments. Tiny runs on the shipped model."""
+"""`python train.py`, Stage 0 and I: the loop, exact resume, what a run leaves behind, wrong arguments. On the shipped model."""
 
 import json
 import subprocess
@@ -18,34 +18,11 @@ import tiny
 import train
 import weights
 
-SMALL = "--batch 4 --dtype fp32 --sheet-every 2".split()
-
-
-@pytest.fixture(autouse=True)
-def quick_measures(monkeypatch):
-    monkeypatch.setattr(shapes, "measure", partial(shapes.measure, captions=2, samples=1))
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    train.main()
-
-
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory):
-    """A Stage I run of two iterations, and its folder."""
-    out = tmp_path_factory.mktemp("runs") / "stage1"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "measure", partial(shapes.measure, captions=2, samples=1))
-        run(patch, "--stage", 1, "--iterations", 2, "--out", out, *SMALL)
-    return out
-
-
 def test_a_run_leaves_log_sheets_metrics_and_a_student_that_needs_no_flags(two_steps):
     assert [json.loads(line)["step"] for line in (two_steps / "log.jsonl").read_text().splitlines()] == [2]
     assert (two_steps / "sheet-000002.png").exists()
     assert set(json.loads((two_steps / "metrics.json").read_text())) == {
-        "student", "teacher, 2 steps", f"teacher, 28 steps, w = {train.PRESETS['tiny']['guidance']:g}"}
+        "student", "teacher, 2 steps", f"teacher, 28 steps, w = {train.PRESETS[1]['tiny']['guidance']:g}"}
     student = sample.load_pipeline(two_steps)
     assert student.sigmas().tolist() == [1, 0.75, 0] and student.guidance() == 1
     assert not list(two_steps.rglob("*.part"))
@@ -60,30 +37,30 @@ def test_training_moves_student_and_fake_but_not_the_teacher(two_steps):
         assert "pos_embed" in still and len(still) <= 3, still
     name = "joint_blocks.0.x_block.attn.qkv.weight"
     first = (state[f"student/{name}"] - teacher[name]).abs().max()
-    assert 0 < first <= 2.5 * train.PRESETS["tiny"]["student_lr"]  # AdamW: at most about lr an iteration
+    assert 0 < first <= 2.5 * train.PRESETS[1]["tiny"]["student_lr"]  # AdamW: at most about lr an iteration
 
 
-def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(two_steps, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(train_run, two_steps, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(monkeypatch, "--stage", 1, "--iterations", 3, "--out", whole, *SMALL)
-    run(monkeypatch, "--stage", 1, "--iterations", 1, "--out", parts, *SMALL)
-    run(monkeypatch, "--stage", 1, "--iterations", 3, "--out", parts, "--resume", *SMALL)
+    train_run("--stage", 1, "--iterations", 3, "--out", whole)
+    train_run("--stage", 1, "--iterations", 1, "--out", parts)
+    train_run("--stage", 1, "--iterations", 3, "--out", parts, "--resume")
     one, other = load_file(whole / "state.safetensors"), load_file(parts / "state.safetensors")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("flags", ["--steps 1", "--steps 4 --windows whole --alpha 1 --density uniform", "--dtype bf16"])
-def test_other_settings_run_through_the_same_code(flags, tmp_path, monkeypatch):
-    run(monkeypatch, "--stage", 1, "--iterations", 1, "--out", tmp_path / "out", *SMALL, *flags.split())
+def test_other_settings_run_through_the_same_code(train_run, flags, tmp_path):
+    train_run("--stage", 1, "--iterations", 1, "--out", tmp_path / "out", *flags.split())
     assert torch.isfinite(sample.generate(sample.load_pipeline(tmp_path / "out"), ["a circle"], [0])).all()
 
 
-def test_prompts_of_a_file_are_trained_on(tmp_path, monkeypatch):
+def test_prompts_of_a_file_are_trained_on(train_run, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     seen = []
     original = train.draw_prompts
     monkeypatch.setattr(train, "draw_prompts", lambda *a: seen.append(original(*a)) or seen[-1])
-    run(monkeypatch, "--stage", 1, "--iterations", 1, "--out", tmp_path / "out", "--prompts", tmp_path / "prompts.txt", *SMALL)
+    train_run("--stage", 1, "--iterations", 1, "--out", tmp_path / "out", "--prompts", tmp_path / "prompts.txt")
     assert set(sum(seen, [])) == {"a red circle", "a blue square"}
 
 
@@ -101,12 +78,33 @@ def test_prompts_of_a_file_are_trained_on(tmp_path, monkeypatch):
     ("--stage 1 --out {file}", "cannot be written"),
     ("--stage 1 --out {full}", "holds a run already"),
     ("--stage 1 --seed x", "--seed"),
+    ("--stage 1 --cache 2-5", "--cache means nothing to --stage 1"),
+    ("--stage 2 --alpha 0.9", "--alpha means nothing to --stage 2"),
+    ("--stage 2", "run `python train.py --stage 1` first"),
+    ("--stage 2 --student nowhere", "nowhere"),
+    ("--stage 2 --student {tiny}", "no student of Stage I"),
+    ("--stage 2 --student {student} --reference nowhere", "nowhere"),
+    ("--stage 2 --student {student} --reference {other}", "another architecture"),
+    ("--stage 2 --student {student} --backbone {student}", "holds no ConvNeXt"),
+    ("--stage 2 --student {student} --cache 5", "not A-B"),
+    ("--stage 2 --student {student} --cache 5-2", "cache range 5-2"),
+    ("--stage 2 --student {student} --cache 8-12", "cache range 8-12"),
+    ("--stage 2 --student {student} --steps 1", "at least 2 steps"),
+    ("--stage 2 --student {student} --steps 1 --cache none", "at least 2 steps"),
+    ("--stage 2 --student {student} --cache none --objective kd", "needs a --cache"),
+    ("--stage 2 --student {student} --objective gan", "invalid choice"),
+    ("--stage 2 --student {student} --lora -1", "not a whole number"),
+    ("--stage 2 --student {student} --output-weight -1", "not a number from 0 up"),
+    ("--stage 2 --student {student} --lpips 1", "pip install lpips"),
 ])
-def test_wrong_arguments_end_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments_end_in_one_line(arguments, message, two_steps, make_pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where there is no run
+    monkeypatch.setitem(sys.modules, "lpips", None)
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "log.jsonl").write_text("mine")
-    arguments = arguments.format(file=tmp_path / "file", full=tmp_path / "full").split()
+    arguments = arguments.format(file=tmp_path / "file", full=tmp_path / "full", student=two_steps, tiny=sample.TINY,
+                                 other=make_pair("SD3.5-Medium", "folder").path).split()
     if "--out" not in arguments:
         arguments += ["--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
@@ -115,11 +113,12 @@ def test_wrong_arguments_end_in_one_line(arguments, message, tmp_path, monkeypat
     error = capsys.readouterr().err.strip()
     assert end.value.code == 2 and message in error and error.count("\n") == 0, error
     assert (tmp_path / "full" / "log.jsonl").read_text() == "mine"
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_resuming_with_other_settings_is_refused(two_steps, monkeypatch):
+def test_resuming_with_other_settings_is_refused(train_run, two_steps):
     with pytest.raises(weights.UserError, match="other settings"):
-        run(monkeypatch, "--stage", 1, "--iterations", 3, "--out", two_steps, "--resume", "--alpha", 0.5, *SMALL)
+        train_run("--stage", 1, "--iterations", 3, "--out", two_steps, "--resume", "--alpha", 0.5)
 
 
 def test_train_as_a_program_reports_errors_without_a_traceback(tmp_path):
