@@ -29,7 +29,7 @@ import tiny
 import weights
 from adversarial import (Heads, discriminator_loss, feature_distillation, generator_loss, generator_turns, is_generator_turn,
                          load_backbone, load_lpips, output_distillation, refine, save_backbone)
-from cache import Cache, check_ranges, effective_nfe, load_cache, new_cache
+from cache import Cache, check_ranges, effective_nfe, forward_flops, load_cache, new_cache, sampling_flops
 from lora import add_lora, merge_lora
 from mmdit import load_mmdit
 from sample import (TINY, CommandLine, Pipeline, block_ranges, contact_sheet, decode, find_device, generate, load_pipeline,
@@ -43,8 +43,8 @@ from text import read_prompts
 STAGE1 = {"steps": 2, "iterations": 500, "batch": 64, "student_lr": 5e-6, "fake_lr": 4e-5, "guidance": 7.0, "alpha": 0.96,
           "density": "c", "windows": "step"}
 STAGE2 = {"steps": None, "iterations": 4000, "batch": 32, "student_lr": 1e-5, "compensator_lr": 1e-3, "discriminator_lr": 1e-5,
-          "objective": "adv", "cache": [(2, 9)], "lora": 64, "alone": 50, "turns": 2, "warmup": 317, "output_weight": 1.0,
-          "feature_weight": 1.0, "lpips": 0.0, "student": None, "reference": None,
+          "objective": "adv", "output_weight": 1.0, "feature_weight": 1.0, "lpips": 0.0, "cache": [(2, 9)], "lora": 64,
+          "alone": 50, "turns": 2, "warmup": 317, "decay": False, "student": None, "reference": None,
           "backbone": "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup"}
 MODELS = {"tiny": TINY, "sd3-medium": "stabilityai/stable-diffusion-3-medium-diffusers",
           "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium", "sd3.5-large": "stabilityai/stable-diffusion-3.5-large"}
@@ -57,6 +57,7 @@ PRESETS = {
                  "cache": [(2, 5)], "lora": 16, "alone": 20, "warmup": 30, "backbone": TINY},
         "sd3.5-large": {**STAGE2, "cache": [(3, 12)]}},
 }
+NO_FLAGS = {"alone", "decay"}       # set by the preset only: the discriminator's updates at first; rates that fall to zero
 CLIP_STUDENT, CLIP_FAKE = 2.0, 1.0  # largest norm of the gradients; all of Stage II has the first
 STAGE1_RUN, REFERENCE_RUN = Path("runs/stage1"), Path("runs/stage1-4steps")
 LOG_EVERY, SAVE_SECONDS = 10, 60
@@ -106,7 +107,7 @@ def main():
     args = parser.parse_args()
 
     preset = PRESETS[args.stage][args.preset]
-    for name in {**STAGE1, **STAGE2}.keys() - preset.keys() - {"alone"}:
+    for name in {**STAGE1, **STAGE2}.keys() - preset.keys() - NO_FLAGS:
         if getattr(args, name) is not None:
             raise weights.UserError(f"--{name.replace('_', '-')} means nothing to --stage {args.stage}")
     for name, value in {"model": MODELS[args.preset], **preset}.items():
@@ -240,9 +241,7 @@ def stage1(args):
     """Stage I, structure-focused distribution matching (Sec. 3.2 and 3.3): teacher, fake and student make one loss."""
     prompts = prompts_to_draw(args)
     teacher = load_pipeline(args.model, args.device)
-    student, fake = (copy.deepcopy(teacher.mmdit).train().requires_grad_(True) for _ in range(2))
-    for network in (student, fake):
-        network.pos_embed.requires_grad_(False)
+    student, fake = trainable_copy(teacher.mmdit), trainable_copy(teacher.mmdit)
     adamw = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=1e-4, eps=1e-8, fused=True)
     optimizers = {"student_adamw": adamw(trainable(student), lr=args.student_lr),
                   "fake_adamw": adamw(trainable(fake), lr=args.fake_lr)}
@@ -302,35 +301,25 @@ def stage2(args):
     reference = load_reference(args, initial)
     device, shape = args.device, initial.latent_shape()
     sigmas = initial.sigmas(args.steps).to(device)
-    check_ranges(args.cache, initial.mmdit, steps=len(sigmas) - 1)
+    check_refinement(args, initial.mmdit, steps=len(sigmas) - 1)
     adversarial, distilling = "adv" in args.objective, "kd" in args.objective
-    if len(sigmas) < 3:
-        raise weights.UserError("Stage II trains the steps after the first: it needs a student of at least 2 steps")
-    if distilling and not args.cache:
-        raise weights.UserError(f"--objective {args.objective} distils cached steps from full ones: it needs a --cache")
-    args.turns = args.turns if adversarial else 0  # with nothing to tell apart, every update is the generator's
-    args.alone = args.alone if adversarial else 0
+    args.alone, args.turns = (args.alone, args.turns) if adversarial else (0, 0)  # else every update is the generator's
     args.warmup = args.warmup if args.cache else 0
     lpips = load_lpips(device) if args.lpips else None
+    backbone = load_backbone(args.backbone, device) if adversarial else None
 
     torch.manual_seed(args.seed)  # for the initial weights alone
-    if args.lora:
-        student, trained = add_lora(initial.mmdit, args.lora)
-    else:
-        student = copy.deepcopy(initial.mmdit).requires_grad_(True)
-        student.pos_embed.requires_grad_(False)
-        trained = student
+    student, adapters = add_lora(initial.mmdit, args.lora) if args.lora else (trainable_copy(initial.mmdit), None)
     cache = new_cache(args.cache, student.pos_embed.shape[2], device)
-    networks = {"student": trained, "compensators": cache.compensators}
+    heads = Heads(backbone.widths).to(device) if adversarial else None
+    own, learning = trainable(student), {"student": adapters or student, "compensators": cache.compensators}
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
-    own = trainable(trained)
     optimizers = {"generator_adamw": adamw([{"params": own, "lr": args.student_lr},
                                             {"params": trainable(cache.compensators), "lr": args.compensator_lr}])}
     if adversarial:
-        backbone = load_backbone(args.backbone, device)
-        heads = networks["heads"] = Heads(backbone.widths).to(device)
+        learning["heads"] = heads
         optimizers["discriminator_adamw"] = adamw(heads.parameters(), lr=args.discriminator_lr)
-    run = Run(args.out, "stage 2", networks, optimizers, settings(args))
+    run = Run(args.out, "stage 2", learning, optimizers, settings(args))
 
     reference_sigmas, reference_guidance = reference.sigmas(), reference.guidance()
     uncond = tuple(part.expand(args.batch, *part.shape[1:]) for part in initial.text([""]))
@@ -346,12 +335,15 @@ def stage2(args):
         with arithmetic(args):
             with torch.no_grad():
                 fake = initial.vae.decode(refine(student, noise, sigmas, cond, cache)[0])
-            losses["discriminator"] = discriminator_loss(backbone, heads, fake, real_images(noise, cond))
-        descend(optimizers["discriminator_adamw"], losses["discriminator"], CLIP_STUDENT)
+            loss = discriminator_loss(backbone, heads, fake, real_images(noise, cond))
+        descend(optimizers["discriminator_adamw"], loss, CLIP_STUDENT)
+        losses["discriminator"] = loss.detach()
 
-    def generator_update(noise, cond, warm):
+    def generator_update(noise, cond, warm, rate):
         for parameter in own:
             parameter.requires_grad_(warm)
+        for group, lr in zip(optimizers["generator_adamw"].param_groups, (args.student_lr, args.compensator_lr)):
+            group["lr"] = rate * lr
         terms = {}
         with arithmetic(args):
             latents, steps = refine(student, noise, sigmas, cond, cache, initial.mmdit if distilling else None)
@@ -365,14 +357,15 @@ def stage2(args):
             if lpips:
                 terms["lpips"] = args.lpips * lpips(images, real_images(noise, cond))
         losses["norm"] = descend(optimizers["generator_adamw"], sum(terms.values()), CLIP_STUDENT)
-        losses.update(terms)
+        losses.update({name: value.detach() for name, value in terms.items()})
 
     def update(run):
         generator = run.generator(args.seed)
         cond = initial.text(draw_prompts(prompts, args.batch, generator))
         noise = torch.randn(args.batch, *shape, generator=generator).to(device)
         if is_generator_turn(run.step, args.alone, args.turns):
-            generator_update(noise, cond, warm=generator_turns(run.step, args.alone, args.turns) >= args.warmup)
+            generator_update(noise, cond, warm=generator_turns(run.step, args.alone, args.turns) >= args.warmup,
+                             rate=1 - run.step / args.iterations if args.decay else 1)
         else:
             discriminator_update(noise, cond)
         return losses
@@ -388,10 +381,23 @@ def stage2(args):
     refined.mmdit = merge_lora(student)
     header = {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings}
     save_pipeline(refined, args.out, header)
-    nfe = effective_nfe(len(student.joint_blocks), args.cache, len(sigmas) - 1)
-    print(f"student: {args.out}, {nfe:.2f} effective evaluations")
+    size, steps = (*shape[1:], uncond[0].shape[1]), len(sigmas) - 1
+    by_blocks = effective_nfe(len(student.joint_blocks), args.cache, steps)
+    by_flops = sampling_flops(refined.mmdit, *size, steps, refined.cache) / forward_flops(refined.mmdit, *size)
+    print(f"student: {args.out}, {by_blocks:.2f} evaluations by the blocks that run, {by_flops:.2f} by FLOPs")
     if is_tiny_world(args.model):
         report(args, args.model, sampling)
+
+
+def check_refinement(args, mmdit, steps):
+    """Raise UserError for settings of Stage II that make no sense together."""
+    check_ranges(args.cache, mmdit, steps)
+    if steps < 2:
+        raise weights.UserError("Stage II trains the steps after the first: it needs a student of at least 2 steps")
+    if "kd" in args.objective and not args.cache:
+        raise weights.UserError(f"--objective {args.objective} distils cached steps from full ones: it needs a --cache")
+    if args.objective == "kd" and not (args.output_weight or args.feature_weight or args.lpips):
+        raise weights.UserError("--objective kd with all its weights at zero leaves nothing to train on")
 
 
 def load_student(args):
@@ -431,6 +437,13 @@ def is_finished(folder):
 
 # --------------------------------------------------------------------------------------------- what the stages share
 
+def trainable_copy(mmdit):
+    """A copy of an MMDiT whose weights are all trained, but for the stored table of positions."""
+    network = copy.deepcopy(mmdit).train().requires_grad_(True)
+    network.pos_embed.requires_grad_(False)
+    return network
+
+
 def trainable(network):
     return [p for p in network.parameters() if p.requires_grad]
 
@@ -440,8 +453,9 @@ def is_tiny_world(model):
 
 
 def settings(args):
-    """All that decides how a run goes, but for its length, as JSON."""
-    names = {"model", "prompts", "seed", "dtype", *PRESETS[args.stage][args.preset]} - {"iterations"}
+    """All that decides how a run goes, as JSON; its length only where the rates depend on it."""
+    names = {"model", "prompts", "seed", "dtype", *PRESETS[args.stage][args.preset]}
+    names -= set() if PRESETS[args.stage][args.preset].get("decay") else {"iterations"}
     return json.dumps({name: getattr(args, name) for name in names}, default=str, sort_keys=True)
 
 

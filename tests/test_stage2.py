@@ -15,6 +15,24 @@ import train
 FAST = "--warmup 1 --lora 2 --turns 1".split()
 
 
+@pytest.fixture(autouse=True)
+def begin_at_once(monkeypatch):
+    """The discriminator is alone for two updates only."""
+    monkeypatch.setitem(train.PRESETS[2]["tiny"], "alone", 2)
+
+
+@pytest.fixture
+def stage2(train_run, two_steps, tmp_path, monkeypatch):
+    """stage2(out, *flags) trains without sheets and measures, and returns the folder."""
+    monkeypatch.setattr(train, "Sheet", lambda *a: None)
+    monkeypatch.setattr(train, "report", lambda *a: None)
+
+    def run(out, *flags):
+        train_run("--stage", 2, "--student", two_steps, "--reference", two_steps, "--out", tmp_path / out, *flags)
+        return tmp_path / out
+    return run
+
+
 @pytest.fixture(scope="module")
 def refined(train_run, two_steps, tmp_path_factory):
     """A Stage II run of two turns of each side, warm-up included; its reference is the Stage I student."""
@@ -56,12 +74,24 @@ def test_diffusers_opens_the_student(refined):
     assert SD3Transformer2DModel.from_pretrained(refined / "transformer").config.num_layers == 12
 
 
-def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(train_run, two_steps, tmp_path):
-    common = ["--stage", 2, "--student", two_steps, "--reference", two_steps, *FAST]
-    for out, iterations in (("whole", 23), ("parts", 21), ("parts", 23)):
-        train_run(*common, "--iterations", iterations, "--batch", 2, "--out", tmp_path / out,
-                  *(["--resume"] if iterations == 23 and out == "parts" else []))
-    one, other = (load_file(tmp_path / out / "state.safetensors") for out in ("whole", "parts"))
+def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(stage2, monkeypatch):
+    whole = stage2("whole", "--iterations", 6, *FAST)
+    turns, descend = iter(range(9)), train.descend
+
+    def cut_short(*arguments):
+        if next(turns) == 5:
+            raise KeyboardInterrupt
+        return descend(*arguments)
+
+    monkeypatch.setattr(train, "LOG_EVERY", 2)
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(train, "descend", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        stage2("parts", "--iterations", 6, *FAST)
+    monkeypatch.setattr(train, "descend", descend)
+    parts = stage2("parts", "--iterations", 6, "--resume", *FAST)
+    assert [json.loads(line)["step"] for line in (parts / "log.jsonl").read_text().splitlines()] == [2, 4, 6]
+    one, other = (load_file(out / "state.safetensors") for out in (whole, parts))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -111,19 +141,13 @@ def watch(monkeypatch):
 
     for name, value in (("load_pipeline", load_pipeline), ("load_reference", load_reference), ("refine", refine),
                         ("load_backbone", lambda *a: count("backbone", backbone(*a))), ("descend", watched_descend),
-                        ("Heads", lambda *a: count("heads", heads(*a))), ("Sheet", lambda *a: None),
-                        ("report", lambda *a: None)):
+                        ("Heads", lambda *a: count("heads", heads(*a)))):
         monkeypatch.setattr(train, name, value)
-    monkeypatch.setitem(train.PRESETS[2]["tiny"], "alone", 2)
     return updates
 
 
-def stage2(train_run, student, out, *flags):
-    train_run("--stage", 2, "--student", student, "--reference", student, "--out", out, *flags)
-
-
-def test_each_turn_runs_what_it_needs_and_trains_what_it_should(watch, train_run, two_steps, tmp_path):
-    stage2(train_run, two_steps, tmp_path / "out", "--iterations", 6, "--lora", 2, "--warmup", 1, "--turns", 2)
+def test_each_turn_runs_what_it_needs_and_trains_what_it_should(watch, stage2):
+    stage2("out", "--iterations", 6, "--objective", "adv", "--lora", 2, "--warmup", 1, "--turns", 2)
     discriminator = {"student": 2, "reference": 2, "decoder": 2, "backbone": 1, "heads": 1}
     generator = {"student": 2, "decoder": 1, "backbone": 1, "heads": 1}
     runs, gradients = zip(*watch)
@@ -132,26 +156,24 @@ def test_each_turn_runs_what_it_needs_and_trains_what_it_should(watch, train_run
     assert all("heads" in got for i, got in enumerate(gradients) if i not in (2, 5))
 
 
-def test_distillation_alone_decodes_nothing_and_needs_no_discriminator(watch, train_run, two_steps, tmp_path):
-    stage2(train_run, two_steps, tmp_path / "out", "--iterations", 3, "--lora", 2, "--warmup", 1, "--objective", "kd")
+def test_distillation_alone_decodes_nothing_and_needs_no_discriminator(watch, stage2):
+    stage2("out", "--iterations", 3, "--lora", 2, "--warmup", 1, "--objective", "kd")
     runs, gradients = zip(*watch)
     assert [dict(run) for run in runs[1:]] == 2 * [{"student": 2, "original": 1}]
     assert gradients == ({"compensators"}, {"compensators", "student"}, {"compensators", "student"})
 
 
-def test_terms_of_weight_zero_are_not_computed(monkeypatch, train_run, two_steps, tmp_path):
-    for term in ("output_distillation", "feature_distillation"):
-        monkeypatch.setattr(train, term, lambda steps: pytest.fail(f"{term} computed"))
-    stage2(train_run, two_steps, tmp_path / "adv", "--iterations", 1)
-    monkeypatch.undo()
+def test_terms_of_weight_zero_are_not_computed(monkeypatch, stage2):
     monkeypatch.setattr(train, "feature_distillation", lambda steps: pytest.fail("feature distillation computed"))
-    stage2(train_run, two_steps, tmp_path / "kd", "--iterations", 1, "--objective", "kd", "--feature-weight", 0)
+    stage2("kd", "--iterations", 1, "--objective", "kd", "--feature-weight", 0)
+    monkeypatch.setattr(train, "output_distillation", lambda steps: pytest.fail("output distillation computed"))
+    stage2("adv", "--iterations", 3, "--objective", "adv")
 
 
-def test_lpips_compares_with_the_real_image_of_the_same_noise_and_prompt(monkeypatch, watch, train_run, two_steps, tmp_path):
+def test_lpips_compares_with_the_real_image_of_the_same_noise_and_prompt(monkeypatch, stage2):
     seen = []
     monkeypatch.setattr(train, "load_lpips", lambda device: lambda a, b: seen.append((a, b)) or (a - b).abs().mean())
-    stage2(train_run, two_steps, tmp_path / "out", "--iterations", 2, "--objective", "kd", "--lpips", 1, "--cache", "2-5")
+    stage2("out", "--iterations", 2, "--objective", "kd", "--lpips", 1, "--cache", "2-5")
     (ours, real), *_ = seen
     assert ours.shape == real.shape == (4, 3, 64, 64) and ours.requires_grad and not real.requires_grad
     assert (ours - real).abs().mean() < 0.5 * (ours - real.roll(1, 0)).abs().mean()  # before any training: nearly the same
@@ -159,9 +181,8 @@ def test_lpips_compares_with_the_real_image_of_the_same_noise_and_prompt(monkeyp
 
 @pytest.mark.parametrize("flags", [
     "--cache none", "--cache 1-2,8-11 --objective kd", "--steps 4", "--lora 0 --objective adv+kd --dtype bf16"])
-def test_other_settings_run_through_the_same_code(flags, train_run, two_steps, tmp_path):
-    stage2(train_run, two_steps, tmp_path / "out", "--iterations", 24, "--batch", 2, "--warmup", 0, *flags.split())
-    student = sample.load_pipeline(tmp_path / "out")
+def test_other_settings_run_through_the_same_code(flags, stage2):
+    student = sample.load_pipeline(stage2("out", "--iterations", 4, "--warmup", 0, *flags.split()))
     assert torch.isfinite(sample.generate(student, ["a circle"], [0])).all()
     assert (student.cache is None) == ("none" in flags)
     assert len(student.sigmas()) == (5 if "--steps 4" in flags else 3)

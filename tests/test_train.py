@@ -85,13 +85,14 @@ def test_prompts_of_a_file_are_trained_on(train_run, tmp_path, monkeypatch):
     ("--stage 2 --student {tiny}", "no student of Stage I"),
     ("--stage 2 --student {student} --reference nowhere", "nowhere"),
     ("--stage 2 --student {student} --reference {other}", "another architecture"),
-    ("--stage 2 --student {student} --backbone {student}", "holds no ConvNeXt"),
+    ("--stage 2 --student {student} --backbone {student}", "without backbone/"),
     ("--stage 2 --student {student} --cache 5", "not A-B"),
     ("--stage 2 --student {student} --cache 5-2", "cache range 5-2"),
     ("--stage 2 --student {student} --cache 8-12", "cache range 8-12"),
     ("--stage 2 --student {student} --steps 1", "at least 2 steps"),
     ("--stage 2 --student {student} --steps 1 --cache none", "at least 2 steps"),
     ("--stage 2 --student {student} --cache none --objective kd", "needs a --cache"),
+    ("--stage 2 --student {student} --objective kd --output-weight 0 --feature-weight 0", "nothing to train on"),
     ("--stage 2 --student {student} --objective gan", "invalid choice"),
     ("--stage 2 --student {student} --lora -1", "not a whole number"),
     ("--stage 2 --student {student} --output-weight -1", "not a number from 0 up"),
@@ -103,8 +104,9 @@ def test_wrong_arguments_end_in_one_line(arguments, message, two_steps, make_pai
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "log.jsonl").write_text("mine")
+    (tmp_path / "other").symlink_to(make_pair("SD3.5-Medium", "folder").path)
     arguments = arguments.format(file=tmp_path / "file", full=tmp_path / "full", student=two_steps, tiny=sample.TINY,
-                                 other=make_pair("SD3.5-Medium", "folder").path).split()
+                                 other=tmp_path / "other").split()
     if "--out" not in arguments:
         arguments += ["--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
