@@ -53,8 +53,9 @@ PRESETS = {
     1: {**dict.fromkeys(MODELS, STAGE1),
         "tiny": {**STAGE1, "iterations": 200, "batch": 48, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.80}},
     2: {**dict.fromkeys(MODELS, STAGE2),
-        "tiny": {**STAGE2, "iterations": 400, "batch": 48, "student_lr": 1e-4, "compensator_lr": 1e-3, "discriminator_lr": 1e-4,
-                 "cache": [(2, 5)], "lora": 16, "alone": 20, "warmup": 30, "backbone": TINY},
+        "tiny": {**STAGE2, "iterations": 900, "batch": 24, "student_lr": 4e-4, "compensator_lr": 2e-3, "discriminator_lr": 1e-3,
+                 "objective": "adv+kd", "output_weight": 16.0, "feature_weight": 0.1, "cache": [(1, 4)], "lora": 0, "alone": 20,
+                 "turns": 1, "warmup": 20, "decay": True, "backbone": TINY},
         "sd3.5-large": {**STAGE2, "cache": [(3, 12)]}},
 }
 NO_FLAGS = {"alone", "decay"}       # set by the preset only: the discriminator's updates at first; rates that fall to zero
