@@ -35,7 +35,7 @@ def generator_turns(updates, alone, ratio):
 
 # ------------------------------------------------------------------------------------- the student's own sampling
 
-class Cached(NamedTuple):
+class CachedStep(NamedTuple):
     """What a cached step gave, with gradient, and what the whole of that step gives, without."""
 
     velocity: torch.Tensor          # (B, C, H, W)
@@ -53,7 +53,7 @@ def refine(student, noise, sigmas, cond, cache, original=None):
     original    the student as Stage I left it, to distil from (Fig. 13): it runs the whole of every cached step, from the
                 same state. The paper does not say whose full step it takes; one that does not move keeps the student in place.
     noise (B, C, H, W), sigmas (n+1,), cond = (context, pooled), cache with or without ranges
-    -> x_0 (B, C, H, W), and a Cached for each cached step, none without `original`.
+    -> x_0 (B, C, H, W), and a CachedStep for each cached step, none without `original`.
     """
     steps = []
     with torch.no_grad():
@@ -64,7 +64,7 @@ def refine(student, noise, sigmas, cond, cache, original=None):
         velocity = student(x, sigma.expand(len(x)), *cond, cache.ranges, correction)
         if original is not None:
             with torch.no_grad():
-                steps.append(Cached(velocity, correction, *original(x, sigma.expand(len(x)), *cond, cache.ranges)))
+                steps.append(CachedStep(velocity, correction, *original(x, sigma.expand(len(x)), *cond, cache.ranges)))
         x = flow.euler_step(x, velocity, sigma, sigma_next)
     return x, steps
 

@@ -50,7 +50,7 @@ class MMDiT(nn.Module):
         x = self.x_embedder["proj"](latents.to(dtype)).flatten(2).transpose(1, 2)       # (B, N, width), N = h w
         x = x + self.crop_pos_embed(h, w)                                               # (B, N, width)
         found = []
-        for blocks, j in split_blocks(self.joint_blocks, ranges or []):
+        for blocks, j in split_blocks(list(self.joint_blocks), ranges or []):
             before = x, c
             if j is not None and residuals is not None:
                 x, c = x + residuals[j][0], c + residuals[j][1]

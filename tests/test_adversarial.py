@@ -103,7 +103,7 @@ def test_feature_distillation_trains_the_compensators_prediction():
 
 def test_distillation_terms_by_hand():
     one, two = torch.ones(2, 3, 4), torch.full((2, 5, 4), 2.0)
-    step = adversarial.Cached(torch.full((2, 1, 2, 2), 3.0), [(one, two)], torch.ones(2, 1, 2, 2), [(one * 2, two * 2.5)])
+    step = adversarial.CachedStep(torch.full((2, 1, 2, 2), 3.0), [(one, two)], torch.ones(2, 1, 2, 2), [(one * 2, two * 2.5)])
     other = step._replace(velocity=torch.full((2, 1, 2, 2), 2.0))
     assert adversarial.output_distillation([step, other]).item() == pytest.approx((4 + 1) / 2)
     assert adversarial.feature_distillation([step, other]).item() == pytest.approx(1 + 9)
