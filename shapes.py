@@ -6,12 +6,15 @@ known, uniform truth: adherence to the prompt and diversity are measured here, n
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from scipy.stats import wasserstein_distance
 from torch import nn
 
+import metrics
 import weights
 
 SIZE = 64  # pixels, a side
@@ -175,33 +178,78 @@ def load_recogniser(folder):
 
 # ----------------------------------------------------------------------------------------------------- measures
 
-@torch.no_grad()
-def measure(draw, recogniser, captions=256, samples=64, renders=2048):
-    """How well a generator follows prompts, and how fully it covers what they leave open, each from 0 to 1.
+def drawn_prompts(captions, samples):
+    """What `measure` has a generator draw: prompts and seeds, the same at every call, then the captions' labels and named.
 
-    draw(prompts, seeds) -> images (N, 3, 64, 64). Prompts and seeds are the same at every call.
-    adherence   share of right values among the attributes that `captions` random captions name
-    coverage    normalised entropy of an open attribute, mean over the prompts that name one other attribute alone, from
-                `samples` images each; the truth is uniform and scores 1
-    Both for each attribute, and "mean" over them; "whole prompt" is the share of images with all that is named right.
-    frechet     distance of the images of the random captions from so many `renders`, in the recogniser's features; renders
-                themselves, 256 of them, are at some 30
+    First `captions` random captions, once each; then, for every attribute, `samples` times a prompt that names it alone.
     """
     prompts, labels, named = draw_captions(captions, torch.Generator().manual_seed(20_000))
-    images = draw(prompts, range(30_000, 30_000 + captions))
-    seen = recognise(recogniser, images)
-    followed = dict(zip(NAMES, adherence(seen, labels, named).tolist()))
-    whole = ((seen == labels) | ~named).all(1).float().mean().item()
+    alone = [caption_of(**{name: values[0]}) for name, values in ATTRIBUTES.items()]
+    prompts = prompts + [prompt for prompt in alone for _ in range(samples)]
+    return prompts, [*range(30_000, 30_000 + captions), *[40_000 + i for _ in alone for i in range(samples)]], labels, named
 
-    open_captions = [caption_of(**{name: values[0]}) for name, values in ATTRIBUTES.items()]
-    jobs = [(prompt, 40_000 + i) for prompt in open_captions for i in range(samples)]
-    seen = recognise(recogniser, draw(*zip(*jobs))).unflatten(0, (len(NAMES), samples))
-    covered = {name: sum(coverage(seen[j, :, i], i) for j in range(len(NAMES)) if j != i) / (len(NAMES) - 1)
-               for i, name in enumerate(NAMES)}
-    truth = render(*draw_scenes(renders, torch.Generator().manual_seed(50_000)))
-    distance = frechet_distance(*(torch.cat([recogniser.features(part) for part in x.split(256)]) for x in (images, truth)))
-    return {"adherence": {"mean": sum(followed.values()) / len(NAMES), **followed, "whole prompt": whole},
-            "coverage": {"mean": sum(covered.values()) / len(NAMES), **covered}, "frechet": {"distance": distance}}
+
+@torch.no_grad()
+def measure(draw, recogniser, captions=256, samples=64, renders=2048, draws=100):
+    """What a generator's images are worth: {measure: {of what: (value, standard error)}}. Errors are of the images drawn,
+    by so many bootstrap `draws`.
+
+    draw(prompts, seeds) -> images (N, 3, 64, 64), those of drawn_prompts.
+    adherence           share of right values among the attributes that the random captions name; "whole prompt": share of the
+                        images with all that is named right
+    coverage            normalised entropy of an attribute, mean over the prompts that leave it open; the truth scores 1
+    total variation     distance of its values from uniform, mean over the same prompts
+    placement           Wasserstein distance of the object's centre (mean of x and y) and of its size (root of its area), over
+                        the random captions, from the truth's; pixels
+    distribution        Fréchet distance, precision and recall of the images of the random captions against so many `renders`,
+                        in the recogniser's features; "diversity" is the mean distance between images of one prompt, as a share
+                        of what the truth has
+    """
+    prompts, seeds, labels, named = drawn_prompts(captions, samples)
+    images = draw(prompts, seeds)
+    features = torch.cat([recogniser.features(part) for part in images.split(256)])
+    seen = recognise(recogniser, images)
+    generator = torch.Generator().manual_seed(50_000)
+    truth = render(*draw_scenes(renders, generator))
+    true_features = torch.cat([recogniser.features(part) for part in truth.split(256)])
+
+    def over_captions(index):
+        followed = dict(zip(NAMES, adherence(seen[index], labels[index], named[index]).tolist()))
+        whole = ((seen[index] == labels[index]) | ~named[index]).all(1).double().mean().item()
+        return {"mean": sum(followed.values()) / len(NAMES), **followed, "whole prompt": whole}
+
+    # samples of one prompt: the six prompts are resampled together, sample by sample
+    of_prompts = seen[captions:].unflatten(0, (len(NAMES), samples))                    # (6, S, 6)
+
+    def over_samples(measure_of, index):
+        values = {name: sum(measure_of(of_prompts[j, index, i], CHOICES[i]) for j in range(len(NAMES)) if j != i)
+                  / (len(NAMES) - 1) for i, name in enumerate(NAMES)}
+        return {"mean": sum(values.values()) / len(NAMES), **values}
+
+    where, true_where = object_placement(images[:captions], seen[:captions]), object_placement(truth, recognise(recogniser, truth))
+
+    def placed(index):
+        x, y, size = (wasserstein_distance(where[index, i], true_where[:, i]) for i in range(3))
+        return {"position": float(x + y) / 2, "size": float(size)}
+
+    inside, covered = metrics.precision_recall(features[:captions], true_features)
+    alone = features[captions:].unflatten(0, (len(NAMES), samples))                     # (6, S, D)
+    scenes, jitter = draw_scenes(len(NAMES) * samples, generator)
+    for j in range(len(NAMES)):
+        scenes[j * samples:(j + 1) * samples, j] = 0  # the value that the prompt names
+    true_diversity = metrics.pairwise_distance(recogniser.features(render(scenes, jitter)).unflatten(0, (len(NAMES), samples)))
+    boot = partial(metrics.bootstrap, draws=draws)
+    return {
+        "adherence": boot(over_captions, captions),
+        "coverage": boot(partial(over_samples, metrics.entropy), samples),
+        "total variation": boot(partial(over_samples, metrics.total_variation), samples),
+        "placement": boot(placed, captions),
+        "distribution": {
+            **boot(lambda index: {"Fréchet distance": metrics.frechet_distance(features[index], true_features)}, captions),
+            **boot(lambda index: {"precision": inside[index].double().mean().item()}, captions),
+            **boot(lambda index: {"recall": covered[index].double().mean().item()}, renders),
+            **boot(lambda index: {"diversity": (metrics.pairwise_distance(alone[:, index]) / true_diversity).mean().item()},
+                   samples)}}
 
 
 def adherence(seen, labels, named):
@@ -210,25 +258,12 @@ def adherence(seen, labels, named):
     return right.sum(0) / named.sum(0)
 
 
-def coverage(seen, attribute):
-    """Normalised entropy of the values of one attribute that a prompt leaves open, over many samples of that prompt.
+def object_placement(images, seen, threshold=0.12):
+    """Centre (x, y) of the object and root of its area, in pixels. images (N, 3, 64, 64), seen (N, 6) -> (N, 3).
 
-    seen (N,) int64. With the correction (K' - 1) / 2N for the bias of the plug-in entropy, K' values seen (Miller 1955), so
-    that a perfect sampler scores 1 on average, and at times a little more.
+    The object is what differs from the background that the recogniser saw.
     """
-    counts = torch.bincount(seen, minlength=CHOICES[attribute]).double()
-    p = counts[counts > 0] / counts.sum()
-    entropy = -(p * p.log()).sum() + (len(p) - 1) / (2 * counts.sum())
-    return (entropy / math.log(CHOICES[attribute])).item()
-
-
-def frechet_distance(a, b):
-    """Fréchet distance between the Gaussians of mean and covariance as in two sets of features (N, D) and (M, D).
-
-    |μa - μb|² + tr(Ca + Cb - 2 (Ca^½ Cb Ca^½)^½), in double precision, by eigenvalues (Heusel et al. 2017).
-    """
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.double().mean(0), x.double().T.cov()) for x in (a, b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    background = BACKGROUNDS[seen[:, NAMES.index("background")]][:, :, None, None]
+    mask = ((images / 2 + 0.5 - background).abs().amax(1) > threshold).float()          # (N, 64, 64)
+    area, pixels = mask.sum((1, 2)).clamp(min=1), torch.arange(SIZE) + 0.5
+    return torch.stack([(mask.sum(1) * pixels).sum(1) / area, (mask.sum(2) * pixels).sum(1) / area, area.sqrt()], dim=1)

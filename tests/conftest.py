@@ -64,7 +64,7 @@ def train_run():
     """train_run(*arguments) runs train.py on the shipped model: in fp32, on small batches, with quick measures."""
     def run(*arguments):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shapes, "measure", partial(shapes.measure, captions=4, samples=1, renders=64))
+            patch.setattr(shapes, "measure", partial(shapes.measure, captions=8, samples=2, renders=64, draws=2))
             patch.setattr(sys, "argv", ["train.py", *"--batch 4 --dtype fp32 --sheet-every 2".split(), *map(str, arguments)])
             train.main()
     return run

@@ -1,10 +1,9 @@
 """The tiny world and what measures it. Each measure must be able to fail."""
 
-import math
-
 import pytest
 import torch
 
+import metrics
 import sample
 import shapes
 
@@ -16,7 +15,7 @@ def scenes(n=200, seed=0):
 def test_every_attribute_is_uniform():
     labels, jitter = scenes(20_000)
     for i, k in enumerate(shapes.CHOICES):
-        assert shapes.coverage(labels[:, i], i) == pytest.approx(1, abs=1e-3)
+        assert metrics.entropy(labels[:, i], k) == pytest.approx(1, abs=1e-3)
         assert labels[:, i].max() == k - 1
     assert jitter.abs().max() <= 1
 
@@ -60,39 +59,56 @@ def test_adherence_counts_only_what_the_prompt_names():
     assert shapes.adherence(seen, labels, named).tolist() == [1, 0.5, 0.5, 1, 1, 1]
 
 
-def test_coverage_is_zero_for_one_value_and_one_for_a_fair_sampler():
-    assert shapes.coverage(torch.full((64,), 2), attribute=1) == 0
-    assert shapes.coverage(torch.arange(400) % 4, attribute=1) == pytest.approx(1, abs=0.01)
-    assert shapes.coverage(torch.arange(400) % 2, attribute=1) == pytest.approx(0.5, abs=0.01)  # two of four values
-    generator = torch.Generator().manual_seed(0)
-    small = [shapes.coverage(torch.randint(4, (64,), generator=generator), 1) for _ in range(200)]
-    assert sum(small) / 200 == pytest.approx(1, abs=0.003)  # without the correction for small samples, 0.983
+PERFECT = {("adherence", "mean"): 1, ("coverage", "mean"): 1, ("total variation", "mean"): 0, ("distribution", "precision"): 1,
+           ("distribution", "recall"): 1, ("distribution", "diversity"): 1}
+FAULTS = {  # kind of generator: what it scores in the measures that must find its fault
+    "perfect": {},
+    "ignores the prompt": {("adherence", "mean"): sum(1 / k for k in shapes.CHOICES) / 6, ("adherence", "colour"): 1 / 6},
+    "the same picture for a prompt": {
+        ("coverage", "mean"): 0, ("total variation", "mean"): sum(1 - 1 / k for k in shapes.CHOICES) / 6,
+        ("distribution", "diversity"): 0},
+    "always one picture": {
+        ("adherence", "mean"): sum(1 / k for k in shapes.CHOICES) / 6, ("coverage", "mean"): 0,
+        ("total variation", "mean"): sum(1 - 1 / k for k in shapes.CHOICES) / 6, ("distribution", "recall"): 0,
+        ("distribution", "diversity"): 0},
+    "noise": {("distribution", "precision"): 0},
+    "moved": {},
+}
 
 
-@pytest.mark.parametrize("kind, low", [("ignores the prompt", "adherence"), ("always the same", "coverage"), ("perfect", None)])
-def test_measure_tells_a_bad_generator_from_a_perfect_one(kind, low):
+@pytest.mark.parametrize("kind", FAULTS)
+def test_each_measure_finds_the_fault_that_it_is_for(kind):
     recogniser = shapes.load_recogniser(sample.TINY)
     words = {word: (i, j) for i, values in enumerate(shapes.ATTRIBUTES.values()) for j, word in enumerate(values)}
 
     def draw(prompts, seeds):
         labels, jitter = scenes(len(prompts), seed=sum(seeds))
-        if kind == "always the same":
-            labels = torch.zeros_like(labels)
+        if kind == "always one picture" or kind == "the same picture for a prompt":
+            labels, jitter = torch.zeros_like(labels), torch.zeros_like(jitter)
         for row, prompt in zip(labels, prompts):
-            for i, j in (words[word] for word in prompt.split() if word in words and kind != "ignores the prompt"):
-                row[i] = j
-        return shapes.render(labels, jitter)
+            for i, j in (words[word] for word in prompt.split() if word in words):
+                if kind not in ("ignores the prompt", "always one picture"):
+                    row[i] = j
+        images = shapes.render(labels, jitter)
+        if kind == "noise":
+            images = 2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) - 1
+        return images.roll(4, dims=3) if kind == "moved" else images
 
-    measured = shapes.measure(draw, recogniser)
-    for what in ("adherence", "coverage"):
-        mean = measured[what]["mean"]
-        assert mean < 0.5 if what == low else mean > 0.97
-    if kind == "ignores the prompt":
-        assert measured["adherence"]["colour"] == pytest.approx(1 / 6, abs=0.1)
+    measured = shapes.measure(draw, recogniser, captions=512, samples=64)
+    for (what, name), value in {**PERFECT, **FAULTS[kind]}.items():
+        found, error = measured[what][name]
+        if (what, name) in FAULTS[kind]:
+            assert found == pytest.approx(value, abs=0.08), (what, name)
+        elif kind == "perfect":
+            assert found == pytest.approx(value, abs=0.10 if what == "total variation" else 0.05), (what, name)
+            assert error < 0.03
+    distance, placed = measured["distribution"]["Fréchet distance"][0], measured["placement"]["position"][0]
+    assert distance < 40 if kind in ("perfect", "ignores the prompt") else distance > 200
+    if kind in ("perfect", "ignores the prompt", "moved"):
+        assert placed == pytest.approx(2 if kind == "moved" else 0, abs=1)  # 4 pixels to the right: 2 in the mean of x and y
 
 
-def test_entropy_is_normalised_by_each_attributes_own_number_of_values():
-    assert shapes.CHOICES == (2, 4, 6, 5, 5, 4)
-    half = torch.arange(1000) % 2
-    for i, k in enumerate(shapes.CHOICES):
-        assert shapes.coverage(half, i) == pytest.approx(math.log(2) / math.log(k), abs=0.01)
+def test_placement_is_read_off_the_picture():
+    labels = torch.tensor([[1, 0, 0, 1, 4, 1], [0, 0, 0, 1, 4, 1]])  # squares in the center, large and small, on gray
+    x, y, size = shapes.object_placement(shapes.render(labels, torch.zeros(2, 3)), labels).T
+    assert x == pytest.approx([32, 32], abs=0.5) and y == pytest.approx([32, 32], abs=0.5) and size[0] > 1.3 * size[1] > 13
