@@ -9,6 +9,7 @@ students made by train.py, which carry their own noise levels and step count in 
 import argparse
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,6 +184,26 @@ def load_pipeline(path, device="cpu", dtype=torch.float32):
     mmdit = load_mmdit(path, device, dtype)
     return Pipeline(mmdit, load_vae(path, device, dtype), load_text_encoders(path, device, dtype), shift,
                     load_cache(path, mmdit, device, dtype))
+
+
+HOW = {"steps": positive_int, "guidance": float, "shift": positive_float, "cache": block_ranges}
+
+
+def open_model(text, device="cpu", dtype=torch.float32):
+    """A model and how to sample it: "PATH", or "PATH@steps=4,guidance=2,cache=1-4" -> a Pipeline, and arguments of `generate`."""
+    path, _, words = str(text).rpartition("@") if re.search(r"@\w+=[^@/]*$", str(text)) else (text, "", "")
+    how = {}
+    for word in filter(None, re.split(r",(?=[a-z])", words)):
+        name, _, value = word.partition("=")
+        try:
+            how[name] = HOW[name](value)
+        except (KeyError, ValueError, argparse.ArgumentTypeError) as error:
+            raise weights.UserError(f"{text}: after the @ comes {', '.join(f'{key}=…' for key in HOW)} ({error})") from error
+    pipeline = load_pipeline(path, device, dtype)
+    if "cache" in how:
+        ranges = how.pop("cache")
+        pipeline.cache = Cache(ranges) if ranges else None
+    return pipeline, how
 
 
 def save_pipeline(pipeline, folder, metadata=None, dtype=None):
