@@ -53,8 +53,8 @@ PRESETS = {
     1: {**dict.fromkeys(MODELS, STAGE1),
         "tiny": {**STAGE1, "iterations": 200, "batch": 48, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.80}},
     2: {**dict.fromkeys(MODELS, STAGE2),
-        "tiny": {**STAGE2, "iterations": 900, "batch": 24, "student_lr": 4e-4, "compensator_lr": 2e-3, "discriminator_lr": 1e-3,
-                 "objective": "adv+kd", "output_weight": 16.0, "feature_weight": 0.1, "cache": [(1, 4)], "lora": 0, "alone": 20,
+        "tiny": {**STAGE2, "iterations": 1200, "batch": 48, "student_lr": 5e-4, "compensator_lr": 2e-3, "discriminator_lr": 1e-3,
+                 "objective": "kd", "output_weight": 16.0, "feature_weight": 0.1, "cache": [(1, 4)], "lora": 0, "alone": 20,
                  "turns": 1, "warmup": 20, "decay": True, "backbone": TINY},
         "sd3.5-large": {**STAGE2, "cache": [(3, 12)]}},
 }
@@ -69,6 +69,14 @@ GUIDANCES = (1.0, 2.0, 3.0, 4.0, 5.0)  # tried for the teacher that stage 0 make
 # --------------------------------------------------------------------------------------------------- command line
 
 def main():
+    args = parse_arguments()
+    sampling = {0: stage0, 1: stage1, 2: stage2}[args.stage](args)
+    if sampling and is_tiny_world(args.model):
+        report(args, args.model, sampling)
+
+
+def parse_arguments(words=None):
+    """The settings of a run: those of its preset, but for what the words of the command line (or a list of words) say."""
     parser = CommandLine(description="Distil an SD3 model into a few-step student.")
     parser.add_argument("--stage", type=int, choices=PRESETS, required=True)
     parser.add_argument("--preset", choices=MODELS, default="tiny", help="sets the defaults of what follows")
@@ -105,7 +113,7 @@ def main():
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic (autocast); weights are fp32")
     parser.add_argument("--out", help="default: runs/stage0, runs/stage1, runs/stage1-4steps (for --steps 4), runs/stage2")
     parser.add_argument("--resume", action="store_true", help="go on from where the run in --out stopped")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
 
     preset = PRESETS[args.stage][args.preset]
     for name in {**STAGE1, **STAGE2}.keys() - preset.keys() - NO_FLAGS:
@@ -121,7 +129,7 @@ def main():
     weights.check_writable(args.out / "log.jsonl")
     if any(args.out.iterdir()) and not args.resume:
         raise weights.UserError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
-    {0: stage0, 1: stage1, 2: stage2}[args.stage](args)
+    return args
 
 
 def weight(text):
@@ -239,7 +247,10 @@ def descend(optimizer, loss, max_norm):
 # -------------------------------------------------------------------------------------------------------- stage I
 
 def stage1(args):
-    """Stage I, structure-focused distribution matching (Sec. 3.2 and 3.3): teacher, fake and student make one loss."""
+    """Stage I, structure-focused distribution matching (Sec. 3.2 and 3.3): teacher, fake and student make one loss.
+
+    Returns what there is to compare: by name, a pipeline and how it is sampled (see sample.generate). So does stage2.
+    """
     prompts = prompts_to_draw(args)
     teacher = load_pipeline(args.model, args.device)
     student, fake = trainable_copy(teacher.mmdit), trainable_copy(teacher.mmdit)
@@ -289,8 +300,7 @@ def stage1(args):
     header = {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings}
     save_pipeline(distilled, args.out, header)
     print(f"student: {args.out}")
-    if is_tiny_world(args.model):
-        report(args, args.model, sampling)
+    return sampling
 
 
 # ------------------------------------------------------------------------------------------------------- stage II
@@ -304,8 +314,8 @@ def stage2(args):
     sigmas = initial.sigmas(args.steps).to(device)
     check_refinement(args, initial.mmdit, steps=len(sigmas) - 1)
     adversarial, distilling = "adv" in args.objective, "kd" in args.objective
-    args.alone, args.turns = (args.alone, args.turns) if adversarial else (0, 0)  # else every update is the generator's
-    args.warmup = args.warmup if args.cache else 0
+    turns = (args.alone, args.turns) if adversarial else (0, 0)  # else every update is the generator's
+    warmup, feature_weight = (args.warmup, args.feature_weight) if args.cache else (0, 0.0)
     lpips = load_lpips(device) if args.lpips else None
     backbone = load_backbone(args.backbone, device) if adversarial else None
 
@@ -353,8 +363,8 @@ def stage2(args):
                 terms["adversarial"] = generator_loss(backbone, heads, images)
             if distilling and args.output_weight:
                 terms["output"] = args.output_weight * output_distillation(steps)
-            if distilling and args.feature_weight:
-                terms["feature"] = args.feature_weight * feature_distillation(steps)
+            if distilling and feature_weight:
+                terms["feature"] = feature_weight * feature_distillation(steps)
             if lpips:
                 terms["lpips"] = args.lpips * lpips(images, real_images(noise, cond))
         losses["norm"] = descend(optimizers["generator_adamw"], sum(terms.values()), CLIP_STUDENT)
@@ -364,8 +374,8 @@ def stage2(args):
         generator = run.generator(args.seed)
         cond = initial.text(draw_prompts(prompts, args.batch, generator))
         noise = torch.randn(args.batch, *shape, generator=generator).to(device)
-        if is_generator_turn(run.step, args.alone, args.turns):
-            generator_update(noise, cond, warm=generator_turns(run.step, args.alone, args.turns) >= args.warmup,
+        if is_generator_turn(run.step, *turns):
+            generator_update(noise, cond, warm=generator_turns(run.step, *turns) >= warmup,
                              rate=1 - run.step / args.iterations if args.decay else 1)
         else:
             discriminator_update(noise, cond)
@@ -386,8 +396,7 @@ def stage2(args):
     by_blocks = effective_nfe(len(student.joint_blocks), args.cache, steps)
     by_flops = sampling_flops(refined.mmdit, *size, steps, refined.cache) / forward_flops(refined.mmdit, *size)
     print(f"student: {args.out}, {by_blocks:.2f} evaluations by the blocks that run, {by_flops:.2f} by FLOPs")
-    if is_tiny_world(args.model):
-        report(args, args.model, sampling)
+    return sampling
 
 
 def check_refinement(args, mmdit, steps):
@@ -395,8 +404,8 @@ def check_refinement(args, mmdit, steps):
     check_ranges(args.cache, mmdit, steps)
     if steps < 2:
         raise weights.UserError("Stage II trains the steps after the first: it needs a student of at least 2 steps")
-    if "kd" in args.objective and not args.cache:
-        raise weights.UserError(f"--objective {args.objective} distils cached steps from full ones: it needs a --cache")
+    if args.objective == "kd" and not args.cache:
+        raise weights.UserError("--objective kd without a --cache would distil the student from itself")
     if args.objective == "kd" and not (args.output_weight or args.feature_weight or args.lpips):
         raise weights.UserError("--objective kd with all its weights at zero leaves nothing to train on")
 
@@ -501,16 +510,16 @@ def draw(args, pipeline, how, prompts, seeds):
 
 
 def report(args, model, sampling):
-    """Measure samplers in the tiny world, where the truth is known, print a table and write metrics.json."""
+    """Measure samplers in the tiny world, where the truth is known, print a table and write metrics.json (with errors)."""
     recogniser = shapes.load_recogniser(model)
     measured = {name: shapes.measure(partial(draw, args, pipeline, how), recogniser)
                 for name, (pipeline, how) in tqdm(sampling.items(), desc="measuring")}
     weights.write_json(args.out / "metrics.json", measured)
-    for what in ("adherence", "coverage", "frechet"):
+    for what in ("adherence", "coverage", "distribution"):
         headings = next(iter(measured.values()))[what]
-        print(f"\n{what:28}" + "".join(f"{name:>13}" for name in headings))
+        print(f"\n{what:28}" + "".join(f"{name:>17}" for name in headings))
         for name, values in measured.items():
-            print(f"{name:28}" + "".join(f"{value:13.3f}" for value in values[what].values()))
+            print(f"{name:28}" + "".join(f"{value:17.3f}" for value, error in values[what].values()))
     return measured
 
 
@@ -538,7 +547,7 @@ def stage0(args):
     save_backbone(backbone, args.out, torch.float16)
     measured = report(args, args.out, {f"teacher, 28 steps, w = {w:g}": (pipeline, {"steps": 28, "guidance": w})
                                        for w in GUIDANCES})
-    best = max(GUIDANCES, key=lambda w: measured[f"teacher, 28 steps, w = {w:g}"]["adherence"]["mean"])
+    best = max(GUIDANCES, key=lambda w: measured[f"teacher, 28 steps, w = {w:g}"]["adherence"]["mean"][0])
     save_pipeline(pipeline, args.out, {"guidance": str(best)}, dtype=torch.float16)
     print(f"\ntiny SD3: {args.out}, best guidance w = {best:g}")
 

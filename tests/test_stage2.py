@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import sample
 import train
 
-FAST = "--warmup 1 --lora 2 --turns 1".split()
+FAST = "--objective adv+kd --warmup 1 --lora 2 --turns 1".split()
 
 
 @pytest.fixture(autouse=True)
@@ -180,7 +180,7 @@ def test_lpips_compares_with_the_real_image_of_the_same_noise_and_prompt(monkeyp
 
 
 @pytest.mark.parametrize("flags", [
-    "--cache none", "--cache 1-2,8-11 --objective kd", "--steps 4", "--lora 0 --objective adv+kd --dtype bf16"])
+    "--cache none --objective adv+kd", "--cache 1-2,8-11 --objective kd", "--steps 4", "--lora 0 --objective adv+kd --dtype bf16"])
 def test_other_settings_run_through_the_same_code(flags, stage2):
     student = sample.load_pipeline(stage2("out", "--iterations", 4, "--warmup", 0, *flags.split()))
     assert torch.isfinite(sample.generate(student, ["a circle"], [0])).all()
@@ -196,11 +196,12 @@ def test_stage_2_finds_the_runs_before_it_and_says_what_the_teacher_as_reference
     shutil.copytree(two_steps, tmp_path / "runs" / "stage1")
     monkeypatch.setattr(train, "report", lambda *a: None)
     monkeypatch.setattr(train, "Sheet", lambda *a: None)
-    train_run("--stage", 2, "--iterations", 1, "--batch", 1)
+    adversarial = "--stage 2 --iterations 1 --batch 1 --objective adv".split()
+    train_run(*adversarial)
     assert "56 network passes" in capsys.readouterr().out
     assert (tmp_path / "runs" / "stage2" / "model_index.json").exists()
     train_run("--stage", 1, "--steps", 4, "--iterations", 1)
     assert sample.load_pipeline(Path("runs/stage1-4steps")).sigmas().tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
     capsys.readouterr()
-    train_run("--stage", 2, "--iterations", 1, "--batch", 1, "--out", "runs/again")
+    train_run(*adversarial, "--out", "runs/again")
     assert "passes" not in capsys.readouterr().out

@@ -91,7 +91,7 @@ def test_prompts_of_a_file_are_trained_on(train_run, tmp_path, monkeypatch):
     ("--stage 2 --student {student} --cache 8-12", "cache range 8-12"),
     ("--stage 2 --student {student} --steps 1", "at least 2 steps"),
     ("--stage 2 --student {student} --steps 1 --cache none", "at least 2 steps"),
-    ("--stage 2 --student {student} --cache none --objective kd", "needs a --cache"),
+    ("--stage 2 --student {student} --cache none --objective kd", "distil the student from itself"),
     ("--stage 2 --student {student} --objective kd --output-weight 0 --feature-weight 0", "nothing to train on"),
     ("--stage 2 --student {student} --objective gan", "invalid choice"),
     ("--stage 2 --student {student} --lora -1", "not a whole number"),
