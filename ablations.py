@@ -1,0 +1,240 @@
+"""The paper's ablations, run again in the tiny world, where the truth is known: `python evaluate.py ablate`.
+
+Not part of the method. An *arm* is a way to train and to sample; an *ablation* puts some arms side by side; a *claim* of the
+paper says in which measure one arm is above another. Arms that train alike share their runs.
+"""
+
+import json
+import re
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+import train
+import weights
+from cache import effective_nfe
+from sample import TINY, contact_sheet, open_model, write_picture
+
+
+class Arm(NamedTuple):
+    train: str = ""         # the flags of train.py; none: the teacher as it ships
+    how: str = ""           # how it is sampled, as after the @ of a model (sample.open_model)
+
+
+class Claim(NamedTuple):
+    """`above` is better than `below` in a measure (group, name) of shapes.measure; sign -1: where lower is better."""
+
+    text: str
+    above: str
+    below: str
+    measure: tuple
+    sign: int = 1
+
+
+class Ablation(NamedTuple):
+    title: str
+    arms: dict
+    claims: list
+    axis: str = ""          # of a plot: what x is,
+    curves: dict = {}       # and {curve: {arm: x}}
+
+
+COVERAGE, ADHERENCE = ("coverage", "mean"), ("adherence", "mean")
+DISTANCE, TEXTURE = ("distribution", "Fréchet distance"), ("coverage", "texture")
+COLUMNS = {"adherence": ADHERENCE, "whole prompt": ("adherence", "whole prompt"), "coverage": COVERAGE, "of texture": TEXTURE,
+           "Fréchet distance": DISTANCE, **{name: ("distribution", name) for name in ("precision", "recall", "diversity")}}
+
+OURS, OURS4, STAGE2 = Arm("--stage 1"), Arm("--stage 1 --steps 4"), Arm("--stage 2")
+ALWAYS = Arm("--stage 1 --alpha 1")
+TDM, TDM4 = (Arm(f"{arm.train} --alpha 1 --density uniform") for arm in (OURS, OURS4))
+DMD, DMD4 = (Arm(f"{arm.train} --windows whole") for arm in (TDM, TDM4))
+ADVERSARIAL = "--stage 2 --iterations 400 --batch 32"  # as long as the default, which only distils, takes
+ALPHAS = {"α = 0.5": 0.5, "α = 0.8": 0.8, "α = 0.9": 0.9, "α = 1": 1.0}
+RANGES = ("1-4", "4-7", "7-10", "1-7", "1-10")
+PLAIN = {f"{blocks} plain": Arm(OURS.train, f"cache={blocks}") for blocks in RANGES}
+TRAINED = {f"{blocks} co-trained": Arm(f"--stage 2 --iterations 300 --cache {blocks}") for blocks in RANGES}
+# importance sampling is to make training faster: looked at while it is under way
+DENSITIES = {name: Arm(f"--stage 1 --iterations 60 --density {name}") for name in ("c", "a", "b", "d", "uniform")}
+
+
+def evaluations(blocks):
+    """{arm: effective evaluations} of the arms of a range."""
+    return {name: effective_nfe(12, [tuple(map(int, name.split()[0].split("-")))], 2) for name in blocks}
+
+
+ABLATIONS = {
+    "gate": Ablation("Guidance gate (Fig. 2, 8)", {"gated above α = 0.8": OURS, "never gated": ALWAYS}, [
+        Claim("the gate keeps diversity", "gated above α = 0.8", "never gated", COVERAGE),
+        Claim("the gate brings samples closer to the truth", "gated above α = 0.8", "never gated", DISTANCE, -1)]),
+    "headline": Ablation("Few-step students side by side", {
+        "teacher, 28 × 2": Arm("", "steps=28"), "teacher, 4 × 2": Arm("", "steps=4"), "teacher, 2 × 2": Arm("", "steps=2"),
+        "DMD, 4": DMD4, "TDM, 4": TDM4, "ours, 4": OURS4, "DMD, 2": DMD, "TDM, 2": TDM, "ours, 2": OURS, "ours, 1.67": STAGE2}, [
+        Claim("2 steps: ours is more diverse than TDM", "ours, 2", "TDM, 2", COVERAGE),
+        Claim("2 steps: ours is closer to the truth than TDM", "ours, 2", "TDM, 2", DISTANCE, -1),
+        Claim("2 steps: ours is closer to the truth than DMD", "ours, 2", "DMD, 2", DISTANCE, -1),
+        Claim("4 steps: ours is closer to the truth than TDM", "ours, 4", "TDM, 4", DISTANCE, -1),
+        Claim("ours at 1.67 is closer to the truth than TDM at 2", "ours, 1.67", "TDM, 2", DISTANCE, -1)]),
+    "cache": Ablation("Block cache (Fig. 11, Table 5)", {
+        "none": OURS, "plain re-use": Arm(OURS.train, "cache=1-4"), "compensated, co-trained": STAGE2}, [
+        Claim("plain re-use hurts adherence", "none", "plain re-use", ADHERENCE),
+        Claim("co-training wins adherence back", "compensated, co-trained", "plain re-use", ADHERENCE)]),
+    "objective": Ablation("Objective of Stage II (Fig. 13)", {
+        "Stage I": OURS, "adversarial": Arm(f"{ADVERSARIAL} --objective adv --student-lr 2e-5 --compensator-lr 1e-3"),
+        "adversarial + distillation": Arm(f"{ADVERSARIAL} --objective adv+kd"), "distillation": STAGE2}, [
+        Claim("Stage II adds detail to Stage I", "adversarial", "Stage I", TEXTURE),
+        Claim("adversarial alone is closer to the truth than distillation", "adversarial", "distillation", DISTANCE, -1),
+        Claim("beside it, distillation keeps to the prompt", "adversarial + distillation", "adversarial", ADHERENCE)]),
+    "alpha": Ablation("Where the gate lies (Fig. 9)", {
+        name: {0.8: OURS, 1.0: ALWAYS}.get(alpha, Arm(f"--stage 1 --alpha {alpha}")) for name, alpha in ALPHAS.items()}, [
+        Claim("a lower α is more diverse", "α = 0.5", "α = 1", COVERAGE),
+        Claim("a higher α keeps closer to the prompt", "α = 1", "α = 0.5", ADHERENCE)],
+        "α: guidance is on up to this noise level", {"2-step student": ALPHAS}),
+    "range": Ablation("Which blocks, and how many (Fig. 12)", {"none": OURS, **PLAIN, **TRAINED}, [
+        Claim("plain re-use: earlier blocks rather than the last", "1-4 plain", "7-10 plain", ADHERENCE),
+        Claim("co-trained: earlier blocks rather than the last", "1-4 co-trained", "7-10 co-trained", ADHERENCE)],
+        "effective evaluations", {"plain re-use": {"none": 2.0, **evaluations(PLAIN)},
+                                  "compensated, co-trained": {"none": 2.0, **evaluations(TRAINED)}}),
+    "density": Ablation("Importance sampling of noise levels (Fig. 4, 10), 60 iterations", DENSITIES, [
+        Claim(f"c is closer to the truth than {other}", "c", other, DISTANCE, -1) for other in ("uniform", "a", "b", "d")]),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+
+def run(names, seeds, out, device, dtype, measure):
+    """Train and measure all arms of the named ablations, seed after seed. Yields after each.
+
+    What is finished is not done again, and a run that was stopped goes on. measure(pipeline, how) is as shapes.measure.
+    """
+    arms = list(dict.fromkeys(arm for name in names for arm in ABLATIONS[name].arms.values()))
+    jobs = [(arm, seed) for seed in range(seeds) for arm in arms if arm.train or not seed]  # one teacher, measured once
+    work = [20 + (0 if measured_file(out, *job).exists() else pending_iterations(*job, out, device, dtype)) for job in jobs]
+    with tqdm(total=sum(work), desc="ablations", bar_format="{l_bar}{bar}| {elapsed}, left {remaining}{postfix}") as bar:
+        for (arm, seed), amount in zip(jobs, work):
+            bar.set_postfix_str(f"seed {seed}: {arm.train or 'teacher'} {arm.how}")
+            if not measured_file(out, arm, seed).exists():
+                pipeline, how = open_arm(arm, seed, out, device, dtype)
+                weights.write_json(measured_file(out, arm, seed), measure(pipeline, how))
+            bar.update(amount)
+            yield
+
+
+def arguments_of(arm, seed, out, device, dtype):
+    """The arguments of an arm's training run. Stage II goes on from our 2-step student, beside our 4-step one."""
+    words = [*arm.train.split(), "--seed", str(seed), "--out", str(folder_of(arm, seed, out)), "--resume",
+             "--device", str(device), "--dtype", dtype]
+    if "--stage 2" in arm.train:
+        words += ["--student", str(folder_of(OURS, seed, out)), "--reference", str(folder_of(OURS4, seed, out))]
+    return train.parse_arguments(words)
+
+
+def pending_iterations(arm, seed, out, device, dtype):
+    if not arm.train or train.is_finished(folder_of(arm, seed, out)):
+        return 0
+    return arguments_of(arm, seed, out, device, dtype).iterations
+
+
+def open_arm(arm, seed, out, device, dtype):
+    """The pipeline of an arm, trained if it is not there yet, and how it is sampled."""
+    if not arm.train:
+        return open_model(f"{TINY}@{arm.how}", device)
+    args, folder = arguments_of(arm, seed, out, device, dtype), folder_of(arm, seed, out)
+    if not train.is_finished(folder):
+        for before in (OURS, OURS4) if args.stage == 2 else ():
+            open_arm(before, seed, out, device, dtype)
+        {1: train.stage1, 2: train.stage2}[args.stage](args)
+    pipeline, how = open_model(f"{folder}@{arm.how}" if arm.how else folder, device)
+    if pipeline.carried("training") != json.loads(train.settings(args)):
+        raise weights.UserError(f"{folder}: made with other settings; remove it, or choose another --out")
+    return pipeline, how
+
+
+def slug(text):
+    return re.sub(r"[^\w.+-]+", "-", text.replace("--", "")).strip("-")
+
+
+def folder_of(arm, seed, out):
+    return out / "runs" / f"{slug(arm.train)}-seed{seed}"
+
+
+def measured_file(out, arm, seed):
+    name = slug(f"{arm.train or 'teacher'} {arm.how}")
+    return out / "measured" / f"{name}-seed{seed}.json"
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+def numbers(out, arm, seeds, measure):
+    """A measure of an arm, seed by seed, (n,); and the standard error within a seed, which serves where there is one alone."""
+    group, name = measure
+    files = [file for file in (measured_file(out, arm, seed) for seed in range(seeds)) if file.exists()]
+    pairs = np.array([json.loads(file.read_text())[group][name] for file in files]).reshape(-1, 2)
+    return pairs[:, 0], pairs[:1, 1].sum()
+
+
+def spread(values, error):
+    """Mean and standard deviation over seeds; of a single one, the standard error by bootstrap."""
+    return values.mean(), values.std(ddof=1) if len(values) > 1 else error
+
+
+def judge(above, below, sign):
+    """A claim over the same seeds: mean difference, half its 95 % t-interval, and one word. (n,), (n,)."""
+    n = min(len(above), len(below))
+    difference = sign * (above[:n] - below[:n])
+    if n < 2:
+        return difference.mean() if n else float("nan"), float("nan"), "undecided"
+    half = stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / n**0.5
+    mean = difference.mean()
+    return mean, half, "reproduced" if mean > half else "not reproduced" if mean < -half else "undecided"
+
+
+def report(names, seeds, out):
+    """Markdown: for each ablation a table of its arms and one of its claims."""
+    lines = []
+    for name in names:
+        ablation = ABLATIONS[name]
+        lines += ["", f"### {ablation.title}", "", f"| arm | seeds | {' | '.join(COLUMNS)} |", "|" + "---|" * (2 + len(COLUMNS))]
+        for label, arm in ablation.arms.items():
+            found = {column: numbers(out, arm, seeds, measure) for column, measure in COLUMNS.items()}
+            if count := len(found["adherence"][0]):
+                cells = ["{:.{d}f} ± {:.{d}f}".format(*spread(*found[c]), d=1 if "distance" in c else 3) for c in COLUMNS]
+                lines.append(f"| {label} | {count} | {' | '.join(cells)} |")
+        lines += ["", "| claim | measure | difference | verdict |", "|---|---|---|---|"]
+        for claim in ablation.claims:
+            pair = (numbers(out, ablation.arms[arm], seeds, claim.measure)[0] for arm in (claim.above, claim.below))
+            mean, half, word = judge(*pair, claim.sign)
+            measure = " ".join(claim.measure).replace("distribution ", "").replace(" mean", "")
+            lines.append(f"| {claim.text} | {measure} | {claim.sign * mean:+.3f} ± {half:.3f} | {word} |")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def sheet(name, out, device, dtype, draw, rows=6):
+    """A contact sheet of an ablation: a row a prompt, a column an arm, all of seed 0 and of the same noise."""
+    arms = ABLATIONS[name].arms
+    prompts = train.draw_prompts(None, rows, torch.Generator().manual_seed(7))
+    columns = [draw(*open_arm(arm, 0, out, device, dtype), prompts, range(1, rows + 1)) for arm in arms.values()]
+    images = torch.stack(columns, dim=1).flatten(0, 1)                            # (rows · arms, 3, H, W)
+    write_picture(contact_sheet(images, prompts, list(arms)), out / f"{name}.png")
+
+
+def plot(name, seeds, out):
+    """Adherence, coverage and Fréchet distance along an ablation's axis, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure  # an extra: the tables say the same
+    except ImportError:
+        return
+    ablation, measures = ABLATIONS[name], {"adherence": ADHERENCE, "coverage": COVERAGE, "Fréchet distance": DISTANCE}
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    for axes, (label, measure) in zip(figure.subplots(1, len(measures)), measures.items()):
+        for curve, points in ablation.curves.items():
+            found = [(x, *spread(*numbers(out, ablation.arms[arm], seeds, measure))) for arm, x in points.items()]
+            xs, means, errors = zip(*sorted(found))
+            axes.errorbar(xs, means, errors, fmt="o", capsize=3, label=curve)
+        axes.set(xlabel=ablation.axis, ylabel=label)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    with weights.replacing(out / f"{name}-curve.png") as part:
+        figure.savefig(part, format="png", dpi=110)
