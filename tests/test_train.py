@@ -85,7 +85,7 @@ def test_prompts_of_a_file_are_trained_on(train_run, tmp_path, monkeypatch):
     ("--stage 2 --student {tiny}", "no student of Stage I"),
     ("--stage 2 --student {student} --reference nowhere", "nowhere"),
     ("--stage 2 --student {student} --reference {other}", "another architecture"),
-    ("--stage 2 --student {student} --backbone {student}", "without backbone/"),
+    ("--stage 2 --student {student} --objective adv --backbone {student}", "without backbone/"),
     ("--stage 2 --student {student} --cache 5", "not A-B"),
     ("--stage 2 --student {student} --cache 5-2", "cache range 5-2"),
     ("--stage 2 --student {student} --cache 8-12", "cache range 8-12"),
