@@ -3,19 +3,43 @@
     python evaluate.py quality --model runs/stage2 --against runs/stage1 tiny-sd3@steps=4,guidance=2
     python evaluate.py speed
     python evaluate.py ablate
+
+A model is a file, a folder or a Hugging Face id; PATH@steps=4,guidance=2,shift=3,cache=1-4 says how it is sampled.
 """
 
+import hashlib
+import math
+import multiprocessing
 import platform
+import resource
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
 import ablations
+import flow
+import metrics
+import scores
 import shapes
 import train
 import weights
-from sample import TINY, CommandLine, find_device, positive_int
+from cache import effective_nfe, new_cache, sampling_flops
+from mmdit import MMDiT
+from sample import (DTYPES, LATENTS_AT_ONCE, TINY, CommandLine, Pipeline, decode, find_device, generate, image_size, open_model,
+                    picture_bytes, positive_int, split_model, to_picture, write_picture)
+from text import TextEncoders, read_prompts
+from vae import VAE
+
+PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -24,12 +48,32 @@ def main():
     parser = CommandLine(description="Measure SD3 models and distilled students.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandLine)
     add = partial(add_command, commands)
+    one = add("quality", quality, "measure any number of models side by side, on the same prompts and seeds")
+    one.add_argument("--model", default=str(TINY), help="PATH or PATH@steps=…,guidance=…,shift=…,cache=… (default: the tiny SD3)")
+    one.add_argument("--against", nargs="+", default=[], metavar="MODEL")
+    one.add_argument("--prompts", help="a file of prompts (default: captions of the tiny world, where the truth is known)")
+    one.add_argument("--count", type=positive_int, help="so many prompts (default: all of the file; 1,024 captions)")
+    one.add_argument("--samples", type=positive_int, help="images a prompt (default: 4; of the tiny world's six open ones, 128)")
+    judges = one.add_argument_group("with --prompts")
+    judges.add_argument("--clip", default="openai/clip-vit-large-patch14", help="of the CLIP score and the CLIP distance")
+    judges.add_argument("--pickscore", nargs="?", const=PICKSCORE, metavar="NAME", help=f"default: {PICKSCORE}")
+    judges.add_argument("--reference-images", metavar="DIR", help="photographs: adds Fréchet distance, precision, recall")
+    judges.add_argument("--vision-model", default="facebook/dinov2-large", help="whose features they are measured in,")
+    judges.add_argument("--inception", metavar="FILE", help="and a TorchScript Inception, for FID")
+    judges.add_argument("--scores", nargs="+", default=[], choices=scores.PREFERENCES, help="through their own packages")
+    two = add("speed", speed, "time teacher and students, part by part")
+    two.add_argument("--model", help="a checkpoint (default: the tiny SD3)")
+    two.add_argument("--preset", choices=SIZES, help="random weights of an official size instead")
+    two.add_argument("--depth", type=positive_int, help="so many blocks of it and of each text encoder, for a small machine")
+    two.add_argument("--size", type=image_size, help="H or HxW in pixels (default: the model's own)")
+    two.add_argument("--batch", type=positive_int, default=32, help="at which the throughput is measured")
     three = add("ablate", ablate, "re-run the paper's ablations in the tiny world")
     three.add_argument("--only", action="append", choices=ablations.ABLATIONS, help="may be given several times")
     three.add_argument("--seeds", type=positive_int, default=3, help="training runs of each kind: seeds 0, 1, …")
     args = parser.parse_args()
     args.device = find_device(args.device)
-    args.dtype = args.dtype or ("bf16" if train.fast_bf16(args.device) else "fp32")
+    bf16 = train.fast_bf16(args.device) if args.command == "ablate" else args.device.type != "cpu"  # as train.py, as sample.py
+    args.dtype = args.dtype or ("bf16" if bf16 else "fp32")
     args.out = Path(args.out or f"runs/{args.command}")
     weights.check_writable(args.out / "x")
     args.run(args)
@@ -38,7 +82,8 @@ def main():
 def add_command(commands, name, run, summary):
     parser = commands.add_parser(name, help=summary, description=summary)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic (autocast); default: the faster one")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; default: as in "
+                        + ("train.py" if name == "ablate" else "sample.py"))
     parser.add_argument("--out", help=f"default: runs/{name}")
     parser.set_defaults(run=run)
     return parser
@@ -55,6 +100,356 @@ def cpu_name():
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
         if info.exists() else []
     return (names or [platform.processor() or platform.machine()])[0]
+
+
+# -------------------------------------------------------------------------------------------------------- quality
+
+def quality(args):
+    """Images of every model, drawn once and kept; then what they are worth and what they cost, in one table."""
+    models = list(dict.fromkeys([args.model, *args.against]))
+    folders = {model: args.out / "images" / fingerprint(model, args.dtype) for model in models}
+    measure = (partial(measure_truth, args, shapes.load_recogniser(TINY)) if args.prompts is None
+               else partial(measure_pictures, args, read_prompts(args.prompts)[:args.count], open_judges(args)))
+    refuse_judges(args)
+    results = {}
+    for model in models:
+        label = model.replace(str(TINY), TINY.name)
+        results[label] = {"cost": cost(args, model, folders[model] / "cost.json"), **measure(model, folders[model])}
+        weights.write_json(args.out / "quality.json", {"machine": machine(args.device), "dtype": args.dtype, "models": results})
+    text = f"{table(results)}\n\n{notes(results)}{machine(args.device)}, {args.dtype}.\n"
+    weights.write_text(args.out / "quality.md", text)
+    print(text)
+
+
+def refuse_judges(args):
+    given = [name for name in ("pickscore", "reference_images", "inception", "scores") if getattr(args, name)]
+    if args.prompts is None and given:
+        raise weights.UserError(f"--{given[0].replace('_', '-')} needs --prompts; without it, the tiny world's own measures serve")
+    if args.inception and not args.reference_images:
+        raise weights.UserError("--inception needs --reference-images DIR, the images that FID compares with")
+
+
+def fingerprint(model, dtype):
+    """A folder's name for a model, how it is sampled and its files as they are now."""
+    path, how = split_model(model)
+    found = weights.find_model(path)
+    files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.suffix in (".safetensors", ".json"))
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{ablations.slug(Path(model).name)}-{hashlib.sha256(repr((how, dtype, state)).encode()).hexdigest()[:12]}"
+
+
+def draw_files(args, model, folder, prompts, seeds):
+    """A PNG for each pair of prompt and seed. What is there already is not drawn again."""
+    files = [folder / f"{hashlib.sha256(f'{seed} {prompt}'.encode()).hexdigest()[:20]}.png"
+             for prompt, seed in zip(prompts, seeds, strict=True)]
+    missing = [i for i, file in enumerate(files) if not file.exists()]
+    if missing:
+        pipeline, how = open_model(model, args.device, DTYPES[args.dtype])
+        batch = batch_of(pipeline)
+        with tqdm(total=len(files), initial=len(files) - len(missing), desc=f"sampling {Path(model).name}") as bar:
+            for start in range(0, len(missing), batch):
+                part = missing[start:start + batch]
+                latents = generate(pipeline, [prompts[i] for i in part], [seeds[i] for i in part], **how)
+                for i, image in zip(part, decode(pipeline, latents), strict=True):
+                    write_picture(to_picture(image), files[i])
+                bar.update(len(part))
+    return files
+
+
+def batch_of(pipeline, most=32):
+    _, h, w = pipeline.latent_shape()
+    return max(1, min(most, LATENTS_AT_ONCE // (h * w)))
+
+
+def measure_truth(args, recogniser, model, folder):
+    """shapes.measure of a model that draws the tiny world."""
+    def draw(prompts, seeds):
+        files = draw_files(args, model, folder, prompts, seeds)
+        images = [picture_bytes(Image.open(file)) for file in files]
+        if images[0].shape[1:] != (shapes.SIZE, shapes.SIZE):
+            raise weights.UserError(f"{model}: draws no scenes of the tiny world; give --prompts FILE")
+        return torch.stack(images) / 127.5 - 1
+
+    return shapes.measure(draw, recogniser, args.count or 1024, args.samples or 128)
+
+
+# ------------------------------------------------------------------------------------- quality of official models
+
+class Judges(NamedTuple):
+    clip: scores.Clip
+    pickscore: scores.Clip      # or None
+    features: dict              # {name: (function of pictures, features of the reference images (M, D))}
+    lpips: callable             # or None
+    preferences: dict           # {name: function of a prompt and pictures}
+
+
+def open_judges(args):
+    refuse_judges(args)
+    pickscore = None
+    if args.pickscore:
+        own = any((Path(args.pickscore) / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
+        pickscore = scores.load_clip(args.pickscore, args.device, None if own else PICKSCORE_PROCESSOR)
+    features = {}
+    if args.reference_images:
+        files = find_pictures(args.reference_images)
+        networks = {Path(args.vision_model).name: scores.load_vision_model(args.vision_model, args.device)}
+        if args.inception:
+            networks["Inception"] = scores.load_inception(args.inception, args.device)
+        features = {name: (network, per_picture(network, files, crop=True)) for name, network in networks.items()}
+    return Judges(scores.load_clip(args.clip, args.device), pickscore, features, scores.load_lpips(args.device),
+                  {name: scores.PREFERENCES[name](args.device) for name in args.scores})
+
+
+def find_pictures(folder):
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in PICTURES)
+    if len(files) < 5:
+        raise weights.UserError(f"{folder}: holds {len(files)} images ({', '.join(PICTURES)}); at least 5 are needed")
+    return files
+
+
+def per_picture(network, files, batch=16, crop=False):
+    """A network's output for picture files, (N, …). `crop`: the centre square of each, 512 pixels a side."""
+    def open_picture(file):
+        with weights.explained(file, "an image"):
+            picture = Image.open(file).convert("RGB")
+        return ImageOps.fit(picture, (512, 512), Image.Resampling.LANCZOS) if crop else picture
+
+    parts = [files[i:i + batch] for i in range(0, len(files), batch)]
+    return torch.cat([network([open_picture(file) for file in part]) for part in tqdm(parts, desc="looking", leave=False)])
+
+
+def measure_pictures(args, prompts, judges, model, folder):
+    """{measure: {of what: (value, standard error)}} as in shapes.measure; errors by bootstrap over prompts."""
+    count, samples = len(prompts), args.samples or 4
+    jobs = [(prompt, seed) for prompt in prompts for seed in range(samples)]
+    files = draw_files(args, model, folder, *zip(*jobs))
+    of_prompts = [files[i:i + samples] for i in range(0, len(files), samples)]
+
+    def boot(name, values):  # one number a prompt, (P,)
+        return metrics.bootstrap(lambda index: {name: values[index].mean().item()}, count)
+
+    def embed(network):
+        return per_picture(network, files).unflatten(0, (count, samples))                   # (P, S, D)
+
+    def followed(clip, pictures, scale):
+        texts = torch.cat([clip.prompts(prompts[i:i + 16]) for i in range(0, count, 16)])   # (P, D)
+        return scale * (pictures * texts[:, None]).sum(2).mean(1)                           # (P,)
+
+    seen = embed(judges.clip.pictures)
+    result = {"text": boot("CLIP score", followed(judges.clip, seen, 100))}
+    if judges.pickscore:
+        preferred = followed(judges.pickscore, embed(judges.pickscore.pictures), judges.pickscore.scale)
+        result["text"] |= boot("PickScore", preferred)
+    for name, score in judges.preferences.items():
+        values = [score(prompt, [Image.open(file).convert("RGB") for file in part])
+                  for prompt, part in tqdm(list(zip(prompts, of_prompts)), desc=name, leave=False)]
+        result["text"] |= boot(name, torch.tensor(values).mean(1))
+    if samples > 1:
+        cosine = (seen @ seen.mT).sum((1, 2)) - samples                                     # over pairs, without the diagonal
+        result["diversity"] = boot("CLIP distance", 1 - cosine / (samples * (samples - 1)))
+        if judges.lpips:
+            values = [judges.lpips([Image.open(file) for file in part]) for part in tqdm(of_prompts, desc="LPIPS", leave=False)]
+            result["diversity"] |= boot("LPIPS", torch.tensor(values))
+    for name, (network, real) in judges.features.items():
+        fake = embed(network)
+        inside, covered = metrics.precision_recall(fake.flatten(0, 1), real)
+        distance = "FID" if name == "Inception" else "Fréchet distance"
+        result[f"in features of {name}"] = {  # its bootstrap is slow, and biased, but of about the right spread
+            **metrics.bootstrap(lambda index: {distance: metrics.frechet_distance(fake[index].flatten(0, 1), real)}, count, draws=20),
+            **boot("precision", inside.unflatten(0, (count, samples)).double().mean(1)),
+            **metrics.bootstrap(lambda index: {"recall": covered[index].double().mean().item()}, len(real))}
+    return result
+
+
+# ------------------------------------------------------------------------------------------------- table and notes
+
+NOTES = {  # by the name of a row
+    "CLIP score": "CLIP score: 100 cos. The paper does not name its CLIP: compare models here.",
+    "PickScore": "PickScore: as the paper's, given the same prompts.",
+    "hpsv2": "HPSv2.1, ImageReward, aesthetic: by their own packages; as the paper's, given the same prompts.",
+    "FID": "FID: falls as images are added; as the paper's only with one image (--samples 1) for each of its COCO prompts.",
+    "LPIPS": "LPIPS: AlexNet, mean over pairs of one prompt, at the images' own size; the paper's network is not known.",
+    "CLIP distance": "CLIP distance: 1 - cos, mean over pairs of one prompt; not in the paper.",
+    "peak memory, GB": "Time and memory: of a process of its own, text to pixels, batches of up to 32; memory of the GPU if there "
+                       "is one, else of the process. FLOPs: of the transformer.",
+}
+
+
+def table(results):
+    """Markdown: a row a measure, a column a model. {model: {group: {name: (value, error)}}}"""
+    rows = dict.fromkeys((group, name) for groups in results.values() for group, values in groups.items() for name in values)
+    lines = [f"| | | {' | '.join(results)} |", "|" + "---|" * (2 + len(results))]
+    before = None
+    for group, name in rows:
+        cells = [number(*groups[group][name]) for groups in results.values()]
+        lines.append(f"| {group if group != before else ''} | {name} | {' | '.join(cells)} |")
+        before = group
+    return "\n".join(lines)
+
+
+def number(value, error):
+    """A value to the two digits that its error leaves it; an exact one to four."""
+    if not error:
+        return f"{value:.4g}"
+    digits = min(6, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def notes(results):
+    names = {name for groups in results.values() for values in groups.values() for name in values}
+    return "".join(f"{text}\n\n" for name, text in NOTES.items() if name in names)
+
+
+# --------------------------------------------------------------------------------------------------------- costs
+
+def cost(args, model, file):
+    """What an image of a model costs, measured once for a machine, in a process that does nothing else."""
+    where = machine(args.device)
+    if file.exists() and weights.read_json(file).get("machine") == where:
+        return weights.read_json(file)["cost"]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(measure_cost, model, str(args.device), args.dtype).result()
+    weights.write_json(file, {"machine": where, "cost": found})
+    return found
+
+
+@torch.no_grad()
+def measure_cost(model, device, dtype):
+    pipeline, how = open_model(model, device, DTYPES[dtype])
+    batch, (_, h, w) = batch_of(pipeline), pipeline.latent_shape()
+    steps = len(pipeline.sigmas(how.get("steps"), how.get("shift"))) - 1
+    guided = how.get("guidance", pipeline.guidance()) > 1
+    flops = sampling_flops(pipeline.mmdit, h, w, pipeline.text([""])[0].shape[1], steps, pipeline.cache, guided)
+    ranges = pipeline.cache.ranges if pipeline.cache else []
+    times = clock({"": lambda: decode(pipeline, generate(pipeline, ["a photo"] * batch, range(batch), **how))}, pipeline.device)[""]
+    return {"steps": (steps, 0), "effective evaluations": (effective_nfe(len(pipeline.mmdit.joint_blocks), ranges, steps, guided), 0),
+            "GFLOP an image": (flops / 1e9, 0),
+            "seconds an image": (statistics.median(times) / batch, statistics.stdev(times) / batch),
+            "peak memory, GB": (peak_memory(pipeline.device) / 1e9, 0)}
+
+
+def clock(tasks, device, rounds=5):
+    """Seconds that each of the functions takes, {name: [one a round]}. They take turns, after a round that does not count."""
+    times = {name: [] for name in tasks}
+    for i in range(rounds + 1):
+        for name, task in tasks.items():
+            synchronize(device)
+            start = time.perf_counter()
+            task()
+            synchronize(device)
+            if i:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device):
+    """Bytes: of the GPU's memory, or of the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # where it starts anew with a program, which Linux's getrusage does not
+    if status.exists():
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+# --------------------------------------------------------------------------------------------------------- speed
+
+@torch.no_grad()
+def speed(args):
+    """Time teacher (28 × 2) and students (4, 2 and fewer), and their parts, in one run, at batch 1 and at --batch."""
+    device, dtype = args.device, DTYPES[args.dtype]
+    if args.preset and args.model or args.depth and not args.preset:
+        raise weights.UserError("give --model, or else --preset, which --depth goes with")
+    pipeline = random_pipeline(args.preset, args.depth, device, dtype) if args.preset \
+        else open_model(args.model or TINY, device, dtype)[0]
+    mmdit, blocks = pipeline.mmdit, len(pipeline.mmdit.joint_blocks)
+    cache = pipeline.cache
+    if cache is None or cache.compensators is None:
+        preset = args.preset or "tiny"
+        cache = new_cache(cached_share(preset, blocks), mmdit.pos_embed.shape[2], device)
+        cache.compensators.to(dtype)
+    shape = pipeline.latent_shape(args.size)
+    tokens = pipeline.text([""])[0].shape[1]
+    arms = {"teacher, 28 × 2": (28, True, None), "4 steps": (4, False, None), "2 steps": (2, False, None),
+            f"{effective_nfe(blocks, cache.ranges, 2):.2f} steps": (2, False, cache)}
+    flops = {name: sampling_flops(mmdit, *shape[1:], tokens, steps, cache, guided) for name, (steps, guided, cache) in arms.items()}
+
+    measured = {}
+    for batch in sorted({1, args.batch}):
+        prompts = ["a photo of a cow"] * batch
+        cond, uncond = pipeline.text(prompts), pipeline.text([""] * batch)
+        noise = flow.initial_noise(shape, range(batch)).to(device)
+        tasks = {"text": partial(pipeline.text, prompts), "VAE": partial(pipeline.vae.decode, noise.to(dtype))}
+        for name, (steps, guided, cached) in arms.items():
+            tasks[name] = partial(flow.sample, mmdit, noise, flow.sd3_sigmas(steps, pipeline.shift), cond, uncond,
+                                  7.0 if guided else 1.0, cache=cached)
+        measured[batch] = clock(tasks, device)
+    weights.write_json(args.out / "speed.json", {"machine": machine(device), "dtype": args.dtype, "seconds": measured,
+                                                 "flops": flops})
+
+    lines = ["| sampler | evaluations | transformer, s | of the teacher's | by FLOPs | text to pixels, s | images/s, batch "
+             f"{args.batch} |", "|" + "---|" * 7]
+    one, many = ({name: statistics.median(times) for name, times in measured[batch].items()} for batch in (1, args.batch))
+    for name, (steps, guided, cached) in arms.items():
+        whole, rate = (part[name] + part["VAE"] + part["text"] * (2 if guided else 1) for part in (one, many))
+        evaluations = effective_nfe(blocks, cached.ranges if cached else [], steps, guided)
+        lines.append(f"| {name} | {evaluations:.2f} | {many[name]:.3g} | 1/{many['teacher, 28 × 2'] / many[name]:.1f} "
+                     f"| 1/{flops['teacher, 28 × 2'] / flops[name]:.1f} | {whole:.3g} | {args.batch / rate:.3g} |")
+    what = f"random weights of {args.preset}" + (f", {blocks} blocks deep" if args.depth else "") if args.preset \
+        else str(args.model or TINY.name)
+    text = "\n".join(lines) + (
+        f"\n\n{what}, {8 * shape[1]}×{8 * shape[2]}; medians of 5 rounds in turn; transformer: batch {args.batch}, text to "
+        f"pixels: batch 1, of which text {one['text']:.3g} s (twice for the teacher) and VAE {one['VAE']:.3g} s; {machine(device)}, "
+        f"{args.dtype}.\n")
+    weights.write_text(args.out / "speed.md", text)
+    print(text)
+
+
+SIZES = {  # of the transformers: blocks, which are also the heads; and what else sets them apart
+    "sd3-medium": (24, {"pos_max": 192}),
+    "sd3.5-medium": (24, {"pos_max": 384, "qk_norm": True, "dual": range(13)}),
+    "sd3.5-large": (38, {"pos_max": 192, "qk_norm": True})}
+CLIPS = {"tokenizer": (768, 12, 12, "quick_gelu"), "tokenizer_2": (1280, 32, 20, "gelu")}  # width, layers, heads, activation
+
+
+def random_pipeline(preset, depth, device, dtype):
+    """All of an SD3 in its true size, with random weights; `depth` blocks of the transformer and of each text encoder."""
+    def build(kind, **config):
+        return kind.from_pretrained(None, config=kind.config_class(**config), state_dict={}, dtype=dtype)
+
+    text_depth = partial(min, depth or 100)
+    tokenizers = [AutoTokenizer.from_pretrained(TINY / name, model_max_length=length)
+                  for name, length in (("tokenizer", 77), ("tokenizer_2", 77), ("tokenizer_3", 256))]
+    clips = [build(CLIPTextModelWithProjection, hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+                   num_hidden_layers=text_depth(layers), num_attention_heads=heads, hidden_act=activation,
+                   bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+             for tokenizer, (width, layers, heads, activation) in zip(tokenizers, CLIPS.values())]
+    t5 = build(T5EncoderModel, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=text_depth(24),
+               feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    blocks, more = SIZES[preset]
+    with torch.device("meta"):
+        mmdit = MMDiT(depth=depth or blocks, width=64 * blocks, heads=blocks, context_dim=4096, pooled_dim=2048, **more)
+        vae = VAE()
+    for network in (mmdit, vae):
+        network.to(dtype).to_empty(device=device)
+        for parameter in network.parameters():
+            parameter.normal_(std=0.02)
+    text = TextEncoders(*clips, t5, tokenizers).to(device)
+    return Pipeline(*(network.requires_grad_(False).eval() for network in (mmdit, vae, text)))
+
+
+def cached_share(preset, blocks):
+    """The preset's cached range; in a network of fewer blocks, the same share of them."""
+    (first, last), = train.PRESETS[2][preset]["cache"]
+    whole = SIZES[preset][0] if preset in SIZES else blocks
+    count = max(1, round((last - first + 1) * blocks / whole))
+    first = min(first, blocks - count)
+    return [(first, first + count - 1)]
 
 
 # ------------------------------------------------------------------------------------------------------ ablations

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -189,8 +190,8 @@ def load_pipeline(path, device="cpu", dtype=torch.float32):
 HOW = {"steps": positive_int, "guidance": float, "shift": positive_float, "cache": block_ranges}
 
 
-def open_model(text, device="cpu", dtype=torch.float32):
-    """A model and how to sample it: "PATH", or "PATH@steps=4,guidance=2,cache=1-4" -> a Pipeline, and arguments of `generate`."""
+def split_model(text):
+    """"PATH@steps=4,guidance=2,cache=1-4" -> the path, and {"steps": 4, …}. Without an @: how the model itself says."""
     path, _, words = str(text).rpartition("@") if re.search(r"@\w+=[^@/]*$", str(text)) else (text, "", "")
     how = {}
     for word in filter(None, re.split(r",(?=[a-z])", words)):
@@ -199,6 +200,12 @@ def open_model(text, device="cpu", dtype=torch.float32):
             how[name] = HOW[name](value)
         except (KeyError, ValueError, argparse.ArgumentTypeError) as error:
             raise weights.UserError(f"{text}: after the @ comes {', '.join(f'{key}=…' for key in HOW)} ({error})") from error
+    return path, how
+
+
+def open_model(text, device="cpu", dtype=torch.float32):
+    """A model and how to sample it, in one word (split_model) -> a Pipeline, and arguments of `generate`."""
+    path, how = split_model(text)
     pipeline = load_pipeline(path, device, dtype)
     if "cache" in how:
         ranges = how.pop("cache")
@@ -265,6 +272,11 @@ def decode(pipeline, latents):
 def to_picture(image):
     """(3, H, W) in [-1, 1] -> a PIL image."""
     return Image.fromarray(((image / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def picture_bytes(picture):
+    """A PIL image -> uint8 (3, H, W); the other way of `to_picture`, but for the scale."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
 def contact_sheet(images, rows, columns, gap=4):

@@ -94,7 +94,7 @@ def test_each_measure_finds_the_fault_that_it_is_for(kind):
             images = 2 * torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) - 1
         return images.roll(4, dims=3) if kind == "moved" else images
 
-    measured = shapes.measure(draw, recogniser, captions=512, samples=64)
+    measured = shapes.measure(draw, recogniser, captions=512, samples=64, draws=20)
     for (what, name), value in {**PERFECT, **FAULTS[kind]}.items():
         found, error = measured[what][name]
         if (what, name) in FAULTS[kind]:
