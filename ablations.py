@@ -217,7 +217,8 @@ def sheet(name, out, device, dtype, draw, rows=6):
     prompts = train.draw_prompts(None, rows, torch.Generator().manual_seed(7))
     columns = [draw(*open_arm(arm, 0, out, device, dtype), prompts, range(1, rows + 1)) for arm in arms.values()]
     images = torch.stack(columns, dim=1).flatten(0, 1)                            # (rows · arms, 3, H, W)
-    write_picture(contact_sheet(images, prompts, list(arms)), out / f"{name}.png")
+    headings = [arm.replace("×", "x").replace("α", "alpha") for arm in arms]      # PIL's own font is without
+    write_picture(contact_sheet(images, prompts, headings), out / f"{name}.png")
 
 
 def plot(name, seeds, out):
@@ -229,10 +230,12 @@ def plot(name, seeds, out):
     ablation, measures = ABLATIONS[name], {"adherence": ADHERENCE, "coverage": COVERAGE, "Fréchet distance": DISTANCE}
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for axes, (label, measure) in zip(figure.subplots(1, len(measures)), measures.items()):
-        for curve, points in ablation.curves.items():
-            found = [(x, *spread(*numbers(out, ablation.arms[arm], seeds, measure))) for arm, x in points.items()]
-            xs, means, errors = zip(*sorted(found))
-            axes.errorbar(xs, means, errors, fmt="o", capsize=3, label=curve)
+        for i, (curve, points) in enumerate(ablation.curves.items()):
+            found = [spread(*numbers(out, ablation.arms[arm], seeds, measure)) for arm in points]
+            axes.errorbar(points.values(), *zip(*found), fmt="o", capsize=3, label=curve)
+            for (arm, x), (mean, _) in zip(points.items(), found) if len(ablation.curves) > 1 else ():
+                axes.annotate(arm.split()[0], (x, mean), (10 * i - 5, 3), textcoords="offset points", fontsize=7,
+                              ha=("right", "left")[i])
         axes.set(xlabel=ablation.axis, ylabel=label)
         axes.grid(alpha=0.3)
     axes.legend()

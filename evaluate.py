@@ -35,7 +35,7 @@ from cache import effective_nfe, new_cache, sampling_flops
 from mmdit import MMDiT
 from sample import (DTYPES, LATENTS_AT_ONCE, TINY, CommandLine, Pipeline, decode, find_device, generate, image_size, open_model,
                     picture_bytes, positive_int, split_model, to_picture, write_picture)
-from text import TextEncoders, read_prompts
+from text import TextEncoders, read_prompts, silence_transformers
 from vae import VAE
 
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -321,7 +321,7 @@ def measure_cost(model, device, dtype):
     guided = how.get("guidance", pipeline.guidance()) > 1
     flops = sampling_flops(pipeline.mmdit, h, w, pipeline.text([""])[0].shape[1], steps, pipeline.cache, guided)
     ranges = pipeline.cache.ranges if pipeline.cache else []
-    times = clock({"": lambda: decode(pipeline, generate(pipeline, ["a photo"] * batch, range(batch), **how))}, pipeline.device)[""]
+    times = clock({"": lambda: decode(pipeline, generate(pipeline, ["a circle"] * batch, range(batch), **how))}, pipeline.device)[""]
     return {"steps": (steps, 0), "effective evaluations": (effective_nfe(len(pipeline.mmdit.joint_blocks), ranges, steps, guided), 0),
             "GFLOP an image": (flops / 1e9, 0),
             "seconds an image": (statistics.median(times) / batch, statistics.stdev(times) / batch),
@@ -331,14 +331,13 @@ def measure_cost(model, device, dtype):
 def clock(tasks, device, rounds=5):
     """Seconds that each of the functions takes, {name: [one a round]}. They take turns, after a round that does not count."""
     times = {name: [] for name in tasks}
-    for i in range(rounds + 1):
-        for name, task in tasks.items():
-            synchronize(device)
-            start = time.perf_counter()
-            task()
-            synchronize(device)
-            if i:
-                times[name].append(time.perf_counter() - start)
+    for i, name in tqdm([(i, name) for i in range(rounds + 1) for name in tasks], desc="timing", leave=False):
+        synchronize(device)
+        start = time.perf_counter()
+        tasks[name]()
+        synchronize(device)
+        if i:
+            times[name].append(time.perf_counter() - start)
     return times
 
 
@@ -381,7 +380,7 @@ def speed(args):
 
     measured = {}
     for batch in sorted({1, args.batch}):
-        prompts = ["a photo of a cow"] * batch
+        prompts = ["a circle"] * batch
         cond, uncond = pipeline.text(prompts), pipeline.text([""] * batch)
         noise = flow.initial_noise(shape, range(batch)).to(device)
         tasks = {"text": partial(pipeline.text, prompts), "VAE": partial(pipeline.vae.decode, noise.to(dtype))}
@@ -417,11 +416,13 @@ SIZES = {  # of the transformers: blocks, which are also the heads; and what els
 CLIPS = {"tokenizer": (768, 12, 12, "quick_gelu"), "tokenizer_2": (1280, 32, 20, "gelu")}  # width, layers, heads, activation
 
 
+@torch.no_grad()
 def random_pipeline(preset, depth, device, dtype):
     """All of an SD3 in its true size, with random weights; `depth` blocks of the transformer and of each text encoder."""
     def build(kind, **config):
         return kind.from_pretrained(None, config=kind.config_class(**config), state_dict={}, dtype=dtype)
 
+    silence_transformers()
     text_depth = partial(min, depth or 100)
     tokenizers = [AutoTokenizer.from_pretrained(TINY / name, model_max_length=length)
                   for name, length in (("tokenizer", 77), ("tokenizer_2", 77), ("tokenizer_3", 256))]
@@ -430,7 +431,7 @@ def random_pipeline(preset, depth, device, dtype):
                    bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
              for tokenizer, (width, layers, heads, activation) in zip(tokenizers, CLIPS.values())]
     t5 = build(T5EncoderModel, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=text_depth(24),
-               feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+               feed_forward_proj="gated-gelu")
     blocks, more = SIZES[preset]
     with torch.device("meta"):
         mmdit = MMDiT(depth=depth or blocks, width=64 * blocks, heads=blocks, context_dim=4096, pooled_dim=2048, **more)

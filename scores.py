@@ -140,6 +140,7 @@ def package(module, name):
 def load(kind, path, device=None):
     """Something of transformers, from a folder or a Hugging Face id; a network in fp32, never from a pickle."""
     silence_transformers()
+    path = weights.find_model(path)
     with weights.explained(path, f"what {kind.__name__} opens"):
         if device is None:
             return kind.from_pretrained(path)
