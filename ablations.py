@@ -21,7 +21,8 @@ from sample import TINY, contact_sheet, open_model, write_picture
 
 class Arm(NamedTuple):
     train: str = ""         # the flags of train.py; none: the teacher as it ships
-    how: str = ""           # how it is sampled, as after the @ of a model (sample.open_model)
+    how: str = ""           # how it is sampled, as after the @ of a model (sample.split_model)
+    start: str = "--stage 1"  # of Stage II: the flags that made the student it goes on from
 
 
 class Claim(NamedTuple):
@@ -51,7 +52,8 @@ OURS, OURS4, STAGE2 = Arm("--stage 1"), Arm("--stage 1 --steps 4"), Arm("--stage
 ALWAYS = Arm("--stage 1 --alpha 1")
 TDM, TDM4 = (Arm(f"{arm.train} --alpha 1 --density uniform") for arm in (OURS, OURS4))
 DMD, DMD4 = (Arm(f"{arm.train} --windows whole") for arm in (TDM, TDM4))
-ADVERSARIAL = "--stage 2 --iterations 400 --batch 32"  # as long as the default, which only distils, takes
+LONG = "--stage 2 --iterations 400 --batch 32"  # with a discriminator, as long as the default, which only distils, takes
+ADVERSARIAL = f"{LONG} --objective adv --student-lr 2e-5 --compensator-lr 1e-3"
 ALPHAS = {"α = 0.5": 0.5, "α = 0.8": 0.8, "α = 0.9": 0.9, "α = 1": 1.0}
 RANGES = ("1-4", "4-7", "7-10", "1-7", "1-10")
 PLAIN = {f"{blocks} plain": Arm(OURS.train, f"cache={blocks}") for blocks in RANGES}
@@ -82,11 +84,15 @@ ABLATIONS = {
         Claim("plain re-use hurts adherence", "none", "plain re-use", ADHERENCE),
         Claim("co-training wins adherence back", "compensated, co-trained", "plain re-use", ADHERENCE)]),
     "objective": Ablation("Objective of Stage II (Fig. 13)", {
-        "Stage I": OURS, "adversarial": Arm(f"{ADVERSARIAL} --objective adv --student-lr 2e-5 --compensator-lr 1e-3"),
-        "adversarial + distillation": Arm(f"{ADVERSARIAL} --objective adv+kd"), "distillation": STAGE2}, [
+        "Stage I": OURS, "adversarial": Arm(ADVERSARIAL), "adversarial + distillation": Arm(f"{LONG} --objective adv+kd"),
+        "distillation": STAGE2, "Stage I, 60 iterations": DENSITIES["c"],
+        "adversarial after 60 iterations": Arm(ADVERSARIAL, start=DENSITIES["c"].train)}, [
         Claim("Stage II adds detail to Stage I", "adversarial", "Stage I", TEXTURE),
         Claim("adversarial alone is closer to the truth than distillation", "adversarial", "distillation", DISTANCE, -1),
-        Claim("beside it, distillation keeps to the prompt", "adversarial + distillation", "adversarial", ADHERENCE)]),
+        Claim("beside it, distillation keeps to the prompt", "adversarial + distillation", "adversarial", ADHERENCE),
+        Claim("after a short Stage I, Stage II comes closer to the truth", "adversarial after 60 iterations",
+              "Stage I, 60 iterations", DISTANCE, -1),
+        Claim("after a short Stage I, Stage II adds detail", "adversarial after 60 iterations", "Stage I, 60 iterations", TEXTURE)]),
     "alpha": Ablation("Where the gate lies (Fig. 9)", {
         name: {0.8: OURS, 1.0: ALWAYS}.get(alpha, Arm(f"--stage 1 --alpha {alpha}")) for name, alpha in ALPHAS.items()}, [
         Claim("a lower α is more diverse", "α = 0.5", "α = 1", COVERAGE),
@@ -123,11 +129,11 @@ def run(names, seeds, out, device, dtype, measure):
 
 
 def arguments_of(arm, seed, out, device, dtype):
-    """The arguments of an arm's training run. Stage II goes on from our 2-step student, beside our 4-step one."""
+    """The arguments of an arm's training run. Stage II has our 4-step student for its reference."""
     words = [*arm.train.split(), "--seed", str(seed), "--out", str(folder_of(arm, seed, out)), "--resume",
              "--device", str(device), "--dtype", dtype]
     if "--stage 2" in arm.train:
-        words += ["--student", str(folder_of(OURS, seed, out)), "--reference", str(folder_of(OURS4, seed, out))]
+        words += ["--student", str(folder_of(Arm(arm.start), seed, out)), "--reference", str(folder_of(OURS4, seed, out))]
     return train.parse_arguments(words)
 
 
@@ -143,7 +149,7 @@ def open_arm(arm, seed, out, device, dtype):
         return open_model(f"{TINY}@{arm.how}", device)
     args, folder = arguments_of(arm, seed, out, device, dtype), folder_of(arm, seed, out)
     if not train.is_finished(folder):
-        for before in (OURS, OURS4) if args.stage == 2 else ():
+        for before in (Arm(arm.start), OURS4) if args.stage == 2 else ():
             open_arm(before, seed, out, device, dtype)
         {1: train.stage1, 2: train.stage2}[args.stage](args)
     pipeline, how = open_model(f"{folder}@{arm.how}" if arm.how else folder, device)
@@ -156,12 +162,16 @@ def slug(text):
     return re.sub(r"[^\w.+-]+", "-", text.replace("--", "")).strip("-")
 
 
+def origin(arm):
+    return f" from {arm.start}" if arm.start != OURS.train else ""
+
+
 def folder_of(arm, seed, out):
-    return out / "runs" / f"{slug(arm.train)}-seed{seed}"
+    return out / "runs" / f"{slug(arm.train + origin(arm))}-seed{seed}"
 
 
 def measured_file(out, arm, seed):
-    name = slug(f"{arm.train or 'teacher'} {arm.how}")
+    name = slug(f"{arm.train or 'teacher'}{origin(arm)} {arm.how}")
     return out / "measured" / f"{name}-seed{seed}.json"
 
 
@@ -192,7 +202,7 @@ def judge(above, below, sign):
 
 
 def report(names, seeds, out):
-    """Markdown: for each ablation a table of its arms and one of its claims."""
+    """Markdown: for each ablation a table of its arms, one of its claims, and what pictures there are."""
     lines = []
     for name in names:
         ablation = ABLATIONS[name]
@@ -208,6 +218,8 @@ def report(names, seeds, out):
             mean, half, word = judge(*pair, claim.sign)
             measure = " ".join(claim.measure).replace("distribution ", "").replace(" mean", "")
             lines.append(f"| {claim.text} | {measure} | {claim.sign * mean:+.3f} ± {half:.3f} | {word} |")
+        for picture in (f"{name}.png", f"{name}-curve.png"):
+            lines += ["", f"![{ablation.title}]({picture})"] if (out / picture).exists() else []
     return "\n".join(lines[1:]) + "\n"
 
 

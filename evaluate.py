@@ -11,7 +11,6 @@ import hashlib
 import math
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -91,7 +90,8 @@ def add_command(commands, name, run, summary):
 
 def machine(device):
     """What the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {cpu_name()}"
+    threads = torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads > 1)} of {cpu_name()}"
     return f"{name}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
 
 
@@ -106,11 +106,11 @@ def cpu_name():
 
 def quality(args):
     """Images of every model, drawn once and kept; then what they are worth and what they cost, in one table."""
+    refuse_judges(args)
     models = list(dict.fromkeys([args.model, *args.against]))
     folders = {model: args.out / "images" / fingerprint(model, args.dtype) for model in models}
     measure = (partial(measure_truth, args, shapes.load_recogniser(TINY)) if args.prompts is None
                else partial(measure_pictures, args, read_prompts(args.prompts)[:args.count], open_judges(args)))
-    refuse_judges(args)
     results = {}
     for model in models:
         label = model.replace(str(TINY), TINY.name)
@@ -184,7 +184,6 @@ class Judges(NamedTuple):
 
 
 def open_judges(args):
-    refuse_judges(args)
     pickscore = None
     if args.pickscore:
         own = any((Path(args.pickscore) / name).exists() for name in ("preprocessor_config.json", "processor_config.json"))
@@ -347,13 +346,12 @@ def synchronize(device):
 
 
 def peak_memory(device):
-    """Bytes: of the GPU's memory, or of the process's."""
+    """Bytes: of the GPU's memory, or of the process's, which Linux tells."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # where it starts anew with a program, which Linux's getrusage does not
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    status = Path("/proc/self/status")  # starts anew with a program, which getrusage does not
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), math.nan)
 
 
 # --------------------------------------------------------------------------------------------------------- speed
@@ -464,16 +462,20 @@ def ablate(args, captions=1024, samples=128):
     def measure(pipeline, how):
         return shapes.measure(partial(draw, pipeline, how), recogniser, captions, samples)
 
-    for _ in ablations.run(names, args.seeds, args.out, args.device, args.dtype, measure):
+    def write():
         text = (f"`python evaluate.py ablate{''.join(f' --only {name}' for name in args.only or ())} --seeds {args.seeds}`; "
                 f"{captions} captions, {samples} images a prompt; {machine(args.device)}, {args.dtype}.\n\n"
                 + ablations.report(names, args.seeds, args.out))
         weights.write_text(args.out / "ablate.md", text)
+        return text
+
+    for _ in ablations.run(names, args.seeds, args.out, args.device, args.dtype, measure):
+        write()
     for name in names:
         ablations.sheet(name, args.out, args.device, args.dtype, draw)
         if ablations.ABLATIONS[name].curves:
             ablations.plot(name, args.seeds, args.out)
-    print(text)
+    print(write())
 
 
 if __name__ == "__main__":
