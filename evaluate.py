@@ -265,7 +265,8 @@ def measure_pictures(args, prompts, judges, model, folder):
 NOTES = {  # by the name of a row
     "CLIP score": "CLIP score: 100 cos. The paper does not name its CLIP: compare models here.",
     "PickScore": "PickScore: as the paper's, given the same prompts.",
-    "hpsv2": "HPSv2.1, ImageReward, aesthetic: by their own packages; as the paper's, given the same prompts.",
+    **{name: f"{name}: by its own package; as the paper's, given the same prompts." for name in scores.PREFERENCES},
+    "Fréchet distance": "Fréchet distance, precision, recall: compare at the same number of images, and in the same features.",
     "FID": "FID: falls as images are added; as the paper's only with one image (--samples 1) for each of its COCO prompts.",
     "LPIPS": "LPIPS: AlexNet, mean over pairs of one prompt, at the images' own size; the paper's network is not known.",
     "CLIP distance": "CLIP distance: 1 - cos, mean over pairs of one prompt; not in the paper.",
