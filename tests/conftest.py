@@ -61,10 +61,11 @@ def pair(request, make_pair):
 
 @pytest.fixture(scope="session")
 def train_run():
-    """train_run(*arguments) runs train.py on the shipped model: in fp32, on small batches, with quick measures."""
+    """train_run(*arguments) runs train.py on the shipped model: in fp32, on small batches, with small sheets and quick measures."""
     def run(*arguments):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shapes, "measure", partial(shapes.measure, captions=8, samples=2, renders=64, draws=2))
+            patch.setattr(train, "Sheet", partial(train.Sheet, rows=1, seeds=(1,)))
             patch.setattr(sys, "argv", ["train.py", *"--batch 4 --dtype fp32 --sheet-every 2".split(), *map(str, arguments)])
             train.main()
     return run

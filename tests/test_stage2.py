@@ -24,7 +24,7 @@ def begin_at_once(monkeypatch):
 @pytest.fixture
 def stage2(train_run, two_steps, tmp_path, monkeypatch):
     """stage2(out, *flags) trains without sheets and measures, and returns the folder."""
-    monkeypatch.setattr(train, "Sheet", lambda *a: None)
+    monkeypatch.setattr(train, "Sheet", lambda *args, **sizes: None)
     monkeypatch.setattr(train, "report", lambda *a: None)
 
     def run(out, *flags):
@@ -195,7 +195,7 @@ def test_stage_2_finds_the_runs_before_it_and_says_what_the_teacher_as_reference
     monkeypatch.chdir(tmp_path)
     shutil.copytree(two_steps, tmp_path / "runs" / "stage1")
     monkeypatch.setattr(train, "report", lambda *a: None)
-    monkeypatch.setattr(train, "Sheet", lambda *a: None)
+    monkeypatch.setattr(train, "Sheet", lambda *args, **sizes: None)
     adversarial = "--stage 2 --iterations 1 --batch 1 --objective adv".split()
     train_run(*adversarial)
     assert "56 network passes" in capsys.readouterr().out
