@@ -92,7 +92,8 @@ ABLATIONS = {
         Claim("beside it, distillation keeps to the prompt", "adversarial + distillation", "adversarial", ADHERENCE),
         Claim("after a short Stage I, Stage II comes closer to the truth", "adversarial after 60 iterations",
               "Stage I, 60 iterations", DISTANCE, -1),
-        Claim("after a short Stage I, Stage II adds detail", "adversarial after 60 iterations", "Stage I, 60 iterations", TEXTURE)]),
+        Claim("after a short Stage I, Stage II adds detail", "adversarial after 60 iterations",
+              "Stage I, 60 iterations", TEXTURE)]),
     "alpha": Ablation("Where the gate lies (Fig. 9)", {
         name: {0.8: OURS, 1.0: ALWAYS}.get(alpha, Arm(f"--stage 1 --alpha {alpha}")) for name, alpha in ALPHAS.items()}, [
         Claim("a lower α is more diverse", "α = 0.5", "α = 1", COVERAGE),

@@ -48,11 +48,11 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True, parser_class=CommandLine)
     add = partial(add_command, commands)
     one = add("quality", quality, "measure any number of models side by side, on the same prompts and seeds")
-    one.add_argument("--model", default=str(TINY), help="PATH or PATH@steps=…,guidance=…,shift=…,cache=… (default: the tiny SD3)")
+    one.add_argument("--model", default=str(TINY), help="PATH[@steps=…,guidance=…,shift=…,cache=…] (default: the tiny SD3)")
     one.add_argument("--against", nargs="+", default=[], metavar="MODEL")
     one.add_argument("--prompts", help="a file of prompts (default: captions of the tiny world, where the truth is known)")
     one.add_argument("--count", type=positive_int, help="so many prompts (default: all of the file; 1,024 captions)")
-    one.add_argument("--samples", type=positive_int, help="images a prompt (default: 4; of the tiny world's six open ones, 128)")
+    one.add_argument("--samples", type=positive_int, help="images a prompt (default: 4; in the tiny world 128, for six prompts)")
     judges = one.add_argument_group("with --prompts")
     judges.add_argument("--clip", default="openai/clip-vit-large-patch14", help="of the CLIP score and the CLIP distance")
     judges.add_argument("--pickscore", nargs="?", const=PICKSCORE, metavar="NAME", help=f"default: {PICKSCORE}")
@@ -91,7 +91,7 @@ def add_command(commands, name, run, summary):
 def machine(device):
     """What the numbers were measured on."""
     threads = torch.get_num_threads()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{threads} thread{'s' * (threads > 1)} of {cpu_name()}"
+    name = f"{threads} thread{'s' * (threads > 1)} of {cpu_name()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
     return f"{name}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
 
 
@@ -124,7 +124,7 @@ def quality(args):
 def refuse_judges(args):
     given = [name for name in ("pickscore", "reference_images", "inception", "scores") if getattr(args, name)]
     if args.prompts is None and given:
-        raise weights.UserError(f"--{given[0].replace('_', '-')} needs --prompts; without it, the tiny world's own measures serve")
+        raise weights.UserError(f"--{given[0].replace('_', '-')} needs --prompts; without it, the tiny world's measures serve")
     if args.inception and not args.reference_images:
         raise weights.UserError("--inception needs --reference-images DIR, the images that FID compares with")
 
@@ -133,7 +133,7 @@ def fingerprint(model, dtype):
     """A folder's name for a model, how it is sampled and its files as they are now."""
     path, how = split_model(model)
     found = weights.find_model(path)
-    files = [found] if found.is_file() else sorted(file for file in found.rglob("*") if file.suffix in (".safetensors", ".json"))
+    files = [found] if found.is_file() else sorted(found.rglob("*.safetensors")) + sorted(found.rglob("*.json"))
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f"{ablations.slug(Path(model).name)}-{hashlib.sha256(repr((how, dtype, state)).encode()).hexdigest()[:12]}"
 
@@ -254,7 +254,8 @@ def measure_pictures(args, prompts, judges, model, folder):
         inside, covered = metrics.precision_recall(fake.flatten(0, 1), real)
         distance = "FID" if name == "Inception" else "Fréchet distance"
         result[f"in features of {name}"] = {  # its bootstrap is slow, and biased, but of about the right spread
-            **metrics.bootstrap(lambda index: {distance: metrics.frechet_distance(fake[index].flatten(0, 1), real)}, count, draws=20),
+            **metrics.bootstrap(lambda index: {distance: metrics.frechet_distance(fake[index].flatten(0, 1), real)}, count,
+                                draws=20),
             **boot("precision", inside.unflatten(0, (count, samples)).double().mean(1)),
             **metrics.bootstrap(lambda index: {"recall": covered[index].double().mean().item()}, len(real))}
     return result
@@ -270,8 +271,8 @@ NOTES = {  # by the name of a row
     "FID": "FID: falls as images are added; as the paper's only with one image (--samples 1) for each of its COCO prompts.",
     "LPIPS": "LPIPS: AlexNet, mean over pairs of one prompt, at the images' own size; the paper's network is not known.",
     "CLIP distance": "CLIP distance: 1 - cos, mean over pairs of one prompt; not in the paper.",
-    "peak memory, GB": "Time and memory: of a process of its own, text to pixels, batches of up to 32; memory of the GPU if there "
-                       "is one, else of the process. FLOPs: of the transformer.",
+    "peak memory, GB": "Time and memory: of a process of its own, text to pixels, batches of up to 32; memory of the GPU if "
+                       "there is one, else of the process. FLOPs: of the transformer.",
 }
 
 
@@ -321,8 +322,10 @@ def measure_cost(model, device, dtype):
     guided = how.get("guidance", pipeline.guidance()) > 1
     flops = sampling_flops(pipeline.mmdit, h, w, pipeline.text([""])[0].shape[1], steps, pipeline.cache, guided)
     ranges = pipeline.cache.ranges if pipeline.cache else []
-    times = clock({"": lambda: decode(pipeline, generate(pipeline, ["a circle"] * batch, range(batch), **how))}, pipeline.device)[""]
-    return {"steps": (steps, 0), "effective evaluations": (effective_nfe(len(pipeline.mmdit.joint_blocks), ranges, steps, guided), 0),
+    draw = partial(generate, pipeline, ["a circle"] * batch, range(batch), **how)
+    times = clock({"image": lambda: decode(pipeline, draw())}, pipeline.device)["image"]
+    return {"steps": (steps, 0),
+            "effective evaluations": (effective_nfe(len(pipeline.mmdit.joint_blocks), ranges, steps, guided), 0),
             "GFLOP an image": (flops / 1e9, 0),
             "seconds an image": (statistics.median(times) / batch, statistics.stdev(times) / batch),
             "peak memory, GB": (peak_memory(pipeline.device) / 1e9, 0)}
@@ -375,7 +378,8 @@ def speed(args):
     tokens = pipeline.text([""])[0].shape[1]
     arms = {"teacher, 28 × 2": (28, True, None), "4 steps": (4, False, None), "2 steps": (2, False, None),
             f"{effective_nfe(blocks, cache.ranges, 2):.2f} steps": (2, False, cache)}
-    flops = {name: sampling_flops(mmdit, *shape[1:], tokens, steps, cache, guided) for name, (steps, guided, cache) in arms.items()}
+    flops = {name: sampling_flops(mmdit, *shape[1:], tokens, steps, cached, guided)
+             for name, (steps, guided, cached) in arms.items()}
 
     measured = {}
     for batch in sorted({1, args.batch}):
@@ -402,8 +406,8 @@ def speed(args):
         else str(args.model or TINY.name)
     text = "\n".join(lines) + (
         f"\n\n{what}, {8 * shape[1]}×{8 * shape[2]}; medians of 5 rounds in turn; transformer: batch {args.batch}, text to "
-        f"pixels: batch 1, of which text {one['text']:.3g} s (twice for the teacher) and VAE {one['VAE']:.3g} s; {machine(device)}, "
-        f"{args.dtype}.\n")
+        f"pixels: batch 1, of which text {one['text']:.3g} s (twice for the teacher) and VAE {one['VAE']:.3g} s; "
+        f"{machine(device)}, {args.dtype}.\n")
     weights.write_text(args.out / "speed.md", text)
     print(text)
 
@@ -427,7 +431,7 @@ def random_pipeline(preset, depth, device, dtype):
                   for name, length in (("tokenizer", 77), ("tokenizer_2", 77), ("tokenizer_3", 256))]
     clips = [build(CLIPTextModelWithProjection, hidden_size=width, intermediate_size=4 * width, projection_dim=width,
                    num_hidden_layers=text_depth(layers), num_attention_heads=heads, hidden_act=activation,
-                   bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                   **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")})
              for tokenizer, (width, layers, heads, activation) in zip(tokenizers, CLIPS.values())]
     t5 = build(T5EncoderModel, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=text_depth(24),
                feed_forward_proj="gated-gelu")

@@ -61,7 +61,7 @@ def pair(request, make_pair):
 
 @pytest.fixture(scope="session")
 def train_run():
-    """train_run(*arguments) runs train.py on the shipped model: in fp32, on small batches, with small sheets and quick measures."""
+    """train_run(*arguments) runs train.py on the shipped model: in fp32, small batches and sheets, quick measures."""
     def run(*arguments):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shapes, "measure", partial(shapes.measure, captions=8, samples=2, renders=64, draws=2))
