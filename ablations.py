@@ -104,8 +104,10 @@ ABLATIONS = {
         Claim("co-trained: earlier blocks rather than the last", "1-4 co-trained", "7-10 co-trained", ADHERENCE)],
         "effective evaluations", {"plain re-use": {"none": 2.0, **evaluations(PLAIN)},
                                   "compensated, co-trained": {"none": 2.0, **evaluations(TRAINED)}}),
-    "density": Ablation("Importance sampling of noise levels (Fig. 4, 10), 60 iterations", DENSITIES, [
-        Claim(f"c is closer to the truth than {other}", "c", other, DISTANCE, -1) for other in ("uniform", "a", "b", "d")]),
+    "density": Ablation("Importance sampling of noise levels (Fig. 4, 10), at 60 iterations and at 200", {
+        **DENSITIES, "c, 200": OURS, "uniform, 200": Arm("--stage 1 --density uniform")}, [
+        Claim(f"c is closer to the truth than {other}", "c", other, DISTANCE, -1) for other in ("uniform", "a", "b", "d")] + [
+        Claim("and still than uniform at 200 iterations", "c, 200", "uniform, 200", DISTANCE, -1)]),
 }
 
 

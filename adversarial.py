@@ -109,13 +109,16 @@ def feature_distillation(steps):
                for predicted, true in zip(*pair, strict=True)) / len(steps)
 
 
-def load_lpips(device):
-    """LPIPS (Zhang et al. 2018): lpips(a, b), images (B, 3, H, W) in [-1, 1] -> their mean distance."""
+def load_lpips(device, net="vgg"):
+    """LPIPS (Zhang et al. 2018): lpips(a, b), images (B, 3, H, W) in [-1, 1] -> their mean distance.
+
+    Its authors advise the network "vgg" for a loss and "alex" for a measure.
+    """
     try:
         from lpips import LPIPS  # an extra: only this term needs it
     except ImportError as error:
         raise weights.UserError("--lpips needs the package lpips: pip install lpips, or leave the flag out") from error
-    network = LPIPS(net="vgg", verbose=False).to(device).requires_grad_(False).eval()
+    network = LPIPS(net=net, verbose=False).to(device).requires_grad_(False).eval()
     return lambda a, b: network(a, b).mean()
 
 

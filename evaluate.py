@@ -14,6 +14,7 @@ import platform
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ import flow
 import metrics
 import scores
 import shapes
+import tiny
 import train
 import weights
 from cache import effective_nfe, new_cache, sampling_flops
@@ -37,8 +39,10 @@ from sample import (DTYPES, LATENTS_AT_ONCE, TINY, CommandLine, Pipeline, decode
 from text import TextEncoders, read_prompts, silence_transformers
 from vae import VAE
 
+CLIP, VISION_MODEL = "openai/clip-vit-large-patch14", "facebook/dinov2-large"
 PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+LEAST = 5  # images, of which each has three neighbours
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -54,10 +58,10 @@ def main():
     one.add_argument("--count", type=positive_int, help="so many prompts (default: all of the file; 1,024 captions)")
     one.add_argument("--samples", type=positive_int, help="images a prompt (default: 4; in the tiny world 128, for six prompts)")
     judges = one.add_argument_group("with --prompts")
-    judges.add_argument("--clip", default="openai/clip-vit-large-patch14", help="of the CLIP score and the CLIP distance")
+    judges.add_argument("--clip", metavar="NAME", help=f"of the CLIP score and the CLIP distance (default: {CLIP})")
     judges.add_argument("--pickscore", nargs="?", const=PICKSCORE, metavar="NAME", help=f"default: {PICKSCORE}")
     judges.add_argument("--reference-images", metavar="DIR", help="photographs: adds Fréchet distance, precision, recall")
-    judges.add_argument("--vision-model", default="facebook/dinov2-large", help="whose features they are measured in,")
+    judges.add_argument("--vision-model", metavar="NAME", help=f"whose features they are measured in (default: {VISION_MODEL}),")
     judges.add_argument("--inception", metavar="FILE", help="and a TorchScript Inception, for FID")
     judges.add_argument("--scores", nargs="+", default=[], choices=scores.PREFERENCES, help="through their own packages")
     two = add("speed", speed, "time teacher and students, part by part")
@@ -113,8 +117,8 @@ def quality(args):
                else partial(measure_pictures, args, read_prompts(args.prompts)[:args.count], open_judges(args)))
     results = {}
     for model in models:
-        label = model.replace(str(TINY), TINY.name)
-        results[label] = {"cost": cost(args, model, folders[model] / "cost.json"), **measure(model, folders[model])}
+        label, found = model.replace(str(TINY), TINY.name), measure(model, folders[model])
+        results[label] = {"cost": cost(args, model, folders[model] / "cost.json"), **found}
         weights.write_json(args.out / "quality.json", {"machine": machine(args.device), "dtype": args.dtype, "models": results})
     text = f"{table(results)}\n\n{notes(results)}{machine(args.device)}, {args.dtype}.\n"
     weights.write_text(args.out / "quality.md", text)
@@ -122,11 +126,15 @@ def quality(args):
 
 
 def refuse_judges(args):
-    given = [name for name in ("pickscore", "reference_images", "inception", "scores") if getattr(args, name)]
+    """Raise UserError for flags that would do nothing, or cannot do what they ask."""
+    names = ("clip", "pickscore", "reference_images", "vision_model", "inception", "scores")
+    given = [name for name in names if getattr(args, name)]
     if args.prompts is None and given:
         raise weights.UserError(f"--{given[0].replace('_', '-')} needs --prompts; without it, the tiny world's measures serve")
-    if args.inception and not args.reference_images:
-        raise weights.UserError("--inception needs --reference-images DIR, the images that FID compares with")
+    if (args.inception or args.vision_model) and not args.reference_images:
+        raise weights.UserError("--inception and --vision-model need --reference-images DIR, the images to compare with")
+    if args.prompts is None and ((args.count or LEAST) < LEAST or args.samples == 1):
+        raise weights.UserError(f"the tiny world's measures need a --count of at least {LEAST} and --samples of at least 2")
 
 
 def fingerprint(model, dtype):
@@ -146,6 +154,8 @@ def draw_files(args, model, folder, prompts, seeds):
     if missing:
         pipeline, how = open_model(model, args.device, DTYPES[args.dtype])
         batch = batch_of(pipeline)
+        if args.prompts is None and tuple(side * pipeline.vae.factor for side in pipeline.latent_shape()[1:]) != 2 * (shapes.SIZE,):
+            raise weights.UserError(f"{model}: draws no scenes of the tiny world; give --prompts FILE")
         with tqdm(total=len(files), initial=len(files) - len(missing), desc=f"sampling {Path(model).name}") as bar:
             for start in range(0, len(missing), batch):
                 part = missing[start:start + batch]
@@ -165,10 +175,7 @@ def measure_truth(args, recogniser, model, folder):
     """shapes.measure of a model that draws the tiny world."""
     def draw(prompts, seeds):
         files = draw_files(args, model, folder, prompts, seeds)
-        images = [picture_bytes(Image.open(file)) for file in files]
-        if images[0].shape[1:] != (shapes.SIZE, shapes.SIZE):
-            raise weights.UserError(f"{model}: draws no scenes of the tiny world; give --prompts FILE")
-        return torch.stack(images) / 127.5 - 1
+        return torch.stack([picture_bytes(Image.open(file)) for file in files]) / 127.5 - 1
 
     return shapes.measure(draw, recogniser, args.count or 1024, args.samples or 128)
 
@@ -191,18 +198,19 @@ def open_judges(args):
     features = {}
     if args.reference_images:
         files = find_pictures(args.reference_images)
-        networks = {Path(args.vision_model).name: scores.load_vision_model(args.vision_model, args.device)}
+        vision_model = args.vision_model or VISION_MODEL
+        networks = {Path(vision_model).name: scores.load_vision_model(vision_model, args.device)}
         if args.inception:
             networks["Inception"] = scores.load_inception(args.inception, args.device)
         features = {name: (network, per_picture(network, files, crop=True)) for name, network in networks.items()}
-    return Judges(scores.load_clip(args.clip, args.device), pickscore, features, scores.load_lpips(args.device),
+    return Judges(scores.load_clip(args.clip or CLIP, args.device), pickscore, features, scores.load_diversity(args.device),
                   {name: scores.PREFERENCES[name](args.device) for name in args.scores})
 
 
 def find_pictures(folder):
     files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in PICTURES)
-    if len(files) < 5:
-        raise weights.UserError(f"{folder}: holds {len(files)} images ({', '.join(PICTURES)}); at least 5 are needed")
+    if len(files) < LEAST:
+        raise weights.UserError(f"{folder}: holds {len(files)} images ({', '.join(PICTURES)}); at least {LEAST} are needed")
     return files
 
 
@@ -220,6 +228,8 @@ def per_picture(network, files, batch=16, crop=False):
 def measure_pictures(args, prompts, judges, model, folder):
     """{measure: {of what: (value, standard error)}} as in shapes.measure; errors by bootstrap over prompts."""
     count, samples = len(prompts), args.samples or 4
+    if judges.features and count * samples < LEAST:
+        raise weights.UserError(f"{count * samples} images are too few to compare with others; at least {LEAST} are needed")
     jobs = [(prompt, seed) for prompt in prompts for seed in range(samples)]
     files = draw_files(args, model, folder, *zip(*jobs))
     of_prompts = [files[i:i + samples] for i in range(0, len(files), samples)]
@@ -268,7 +278,8 @@ NOTES = {  # by the name of a row
     "PickScore": "PickScore: as the paper's, given the same prompts.",
     **{name: f"{name}: by its own package; as the paper's, given the same prompts." for name in scores.PREFERENCES},
     "Fréchet distance": "Fréchet distance, precision, recall: compare at the same number of images, and in the same features.",
-    "FID": "FID: falls as images are added; as the paper's only with one image (--samples 1) for each of its COCO prompts.",
+    "FID": "FID: falls as images are added, and depends on how photographs are resized (here to centre squares of 512 pixels); "
+           "near the paper's only with one image (--samples 1) for each of its COCO prompts.",
     "LPIPS": "LPIPS: AlexNet, mean over pairs of one prompt, at the images' own size; the paper's network is not known.",
     "CLIP distance": "CLIP distance: 1 - cos, mean over pairs of one prompt; not in the paper.",
     "peak memory, GB": "Time and memory: of a process of its own, text to pixels, batches of up to 32; memory of the GPU if "
@@ -289,9 +300,9 @@ def table(results):
 
 
 def number(value, error):
-    """A value to the two digits that its error leaves it; an exact one to four."""
-    if not error:
-        return f"{value:.4g}"
+    """A value to the two digits that its error leaves it; an exact one, or one of unknown error, to four."""
+    if not error or not math.isfinite(error):
+        return f"{value:.4g}" + (f" ± {error}" if error else "")
     digits = min(6, max(0, 1 - math.floor(math.log10(error))))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
 
@@ -308,8 +319,11 @@ def cost(args, model, file):
     where = machine(args.device)
     if file.exists() and weights.read_json(file).get("machine") == where:
         return weights.read_json(file)["cost"]
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.submit(measure_cost, model, str(args.device), args.dtype).result()
+    try:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = pool.submit(measure_cost, model, str(args.device), args.dtype).result()
+    except BrokenProcessPool as error:
+        raise weights.UserError(f"{model}: the process that measures its cost died, perhaps for want of memory") from error
     weights.write_json(file, {"machine": where, "cost": found})
     return found
 
@@ -366,13 +380,14 @@ def speed(args):
     device, dtype = args.device, DTYPES[args.dtype]
     if args.preset and args.model or args.depth and not args.preset:
         raise weights.UserError("give --model, or else --preset, which --depth goes with")
+    if args.preset and (args.depth or 1) > SIZES[args.preset][0]:
+        raise weights.UserError(f"--depth {args.depth}: {args.preset} has {SIZES[args.preset][0]} blocks")
     pipeline = random_pipeline(args.preset, args.depth, device, dtype) if args.preset \
         else open_model(args.model or TINY, device, dtype)[0]
     mmdit, blocks = pipeline.mmdit, len(pipeline.mmdit.joint_blocks)
     cache = pipeline.cache
     if cache is None or cache.compensators is None:
-        preset = args.preset or "tiny"
-        cache = new_cache(cached_share(preset, blocks), mmdit.pos_embed.shape[2], device)
+        cache = new_cache(cached_share(args.preset, blocks), mmdit.pos_embed.shape[2], device)
         cache.compensators.to(dtype)
     shape = pipeline.latent_shape(args.size)
     tokens = pipeline.text([""])[0].shape[1]
@@ -448,9 +463,11 @@ def random_pipeline(preset, depth, device, dtype):
 
 
 def cached_share(preset, blocks):
-    """The preset's cached range; in a network of fewer blocks, the same share of them."""
+    """The cached range of a preset, or of the one with so many blocks; in a network of other depth, the same share of them."""
+    depths = {"tiny": tiny.DEPTH, **{name: depth for name, (depth, _) in SIZES.items()}}
+    preset = preset or next((name for name, depth in depths.items() if depth == blocks), "sd3-medium")
     (first, last), = train.PRESETS[2][preset]["cache"]
-    whole = SIZES[preset][0] if preset in SIZES else blocks
+    whole = depths[preset]
     count = max(1, round((last - first + 1) * blocks / whole))
     first = min(first, blocks - count)
     return [(first, first + count - 1)]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 import weights
+from adversarial import load_lpips
 from sample import picture_bytes
 from text import checked, silence_transformers
 
@@ -80,22 +81,21 @@ def load_inception(file, device):
     return features
 
 
-def load_lpips(device):
-    """LPIPS (Zhang et al. 2018; AlexNet, its authors' choice for a metric) -> pictures (N) to their mean pairwise distance.
+def load_diversity(device):
+    """LPIPS with AlexNet (adversarial.load_lpips) -> pictures of one prompt to their mean pairwise distance.
 
     None where the package is not installed. It depends on the size of the pictures: compare at the same one.
     """
     try:
-        from lpips import LPIPS
-    except ImportError:
+        lpips = load_lpips(device, "alex")
+    except weights.UserError:
         return None
-    network = LPIPS(net="alex", verbose=False).to(device).eval()
 
     @torch.no_grad()
     def diversity(pictures):
-        images = torch.stack([picture_bytes(picture) for picture in pictures]).to(device) / 127.5 - 1
+        images = torch.stack([picture_bytes(picture) for picture in pictures]).to(device) / 127.5 - 1   # (S, 3, H, W)
         first, second = torch.combinations(torch.arange(len(images))).T
-        return sum(network(images[i:i + 1], images[j:j + 1]).item() for i, j in zip(first, second)) / len(first)
+        return lpips(images[first], images[second]).item()
 
     return diversity
 

@@ -190,7 +190,7 @@ def drawn_prompts(captions, samples):
 
 
 @torch.no_grad()
-def measure(draw, recogniser, captions=256, samples=64, renders=2048, draws=50):
+def measure(draw, recogniser, captions=256, samples=64, renders=2048, draws=100):
     """What a generator's images are worth: {measure: {of what: (value, standard error)}}. Errors are of the images drawn,
     by so many bootstrap `draws`.
 

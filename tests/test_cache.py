@@ -171,9 +171,10 @@ def test_flops_at_official_size(kind, depth, width, extra, terra):
 
 
 @torch.no_grad()
-def test_a_cached_step_saves_time():
+def test_a_cached_step_saves_time(request):
     """In time of the one thread that works, since other processes may run: by count it is 0.83."""
     threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     torch.set_num_threads(1)
     network = sample.load_pipeline(sample.TINY).mmdit
     noise, cond = torch.randn(32, 16, 8, 8), (torch.randn(32, 27, 128), torch.randn(32, 128))
@@ -183,7 +184,6 @@ def test_a_cached_step_saves_time():
             start = time.thread_time()
             flow.sample(network, noise, flow.student_sigmas(2, 3.0), cond, cache=used)
             times[name].append(time.thread_time() - start)
-    torch.set_num_threads(threads)
     assert min(times["cached"]) < 0.97 * min(times[None])
 
 

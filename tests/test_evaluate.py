@@ -37,7 +37,7 @@ def run(monkeypatch, tmp_path):
 
 # -------------------------------------------------------------------------------------------------------- quality
 
-def test_models_are_measured_side_by_side_and_nothing_is_drawn_twice(run, monkeypatch, tmp_path):
+def test_models_are_measured_side_by_side_and_nothing_is_drawn_twice(run, monkeypatch):
     words = ["quality", "--model", f"{sample.TINY}@steps=3", "--against", f"{sample.TINY}@steps=2,guidance=1,cache=2-5",
              "--count", 6, "--samples", 2]
     found = json.loads(run(*words)["quality.json"])["models"]
@@ -67,7 +67,14 @@ def test_a_model_that_was_trained_further_is_drawn_anew(tmp_path):
 def test_numbers_are_shown_to_the_digits_that_their_errors_leave():
     assert evaluate.number(0.98765, 0.0123) == "0.988 ± 0.012"
     assert evaluate.number(217.62, 31.4) == "218 ± 31"
-    assert evaluate.number(56, 0) == "56"
+    assert evaluate.number(56, 0) == "56" and evaluate.number(0.5, float("nan")) == "0.5 ± nan"
+
+
+def test_a_model_of_other_pictures_is_not_measured_as_the_tiny_world(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "generate", None)  # found out before anything is drawn
+    monkeypatch.setattr(sample.Pipeline, "latent_shape", lambda pipeline, size=None: (16, 128, 128))
+    with pytest.raises(weights.UserError, match="give --prompts"):
+        run("quality")
 
 
 # ------------------------------------------------------------------------------------- quality of official models
@@ -194,7 +201,7 @@ def test_speed_times_teacher_and_students_in_one_run(run):
     assert all(len(times) == 2 and min(times) > 0 for batch in measured["seconds"].values() for times in batch.values())
 
 
-def test_random_weights_have_the_official_size_but_for_the_depth(monkeypatch):
+def test_random_weights_have_the_official_size_but_for_the_depth():
     with torch.device("meta"):
         whole = evaluate.MMDiT(24, 1536, 24, 4096, 2048, 192)
     sizes = {name.replace("joint_blocks.23.", "joint_blocks.0."): tensor.shape for name, tensor in whole.state_dict().items()
@@ -203,7 +210,13 @@ def test_random_weights_have_the_official_size_but_for_the_depth(monkeypatch):
     assert {name: tensor.shape for name, tensor in pipeline.mmdit.state_dict().items()} == sizes
     context, pooled = pipeline.text(["a cow"])
     assert context.shape == (1, 333, 4096) and pooled.shape == (1, 2048) and torch.isfinite(context.float()).all()
-    assert evaluate.cached_share("sd3-medium", 24) == [(2, 9)] and evaluate.cached_share("sd3-medium", 6) == [(2, 3)]
+
+
+@pytest.mark.parametrize("preset, blocks, ranges", [
+    ("sd3-medium", 24, [(2, 9)]), ("sd3-medium", 6, [(2, 3)]), ("sd3.5-large", 1, [(0, 0)]),
+    (None, 12, [(1, 4)]), (None, 24, [(2, 9)]), (None, 38, [(3, 12)]), (None, 3, [(2, 2)])])
+def test_the_cached_share_is_the_presets_at_any_depth(preset, blocks, ranges):
+    assert evaluate.cached_share(preset, blocks) == ranges
 
 
 @pytest.mark.parametrize("words, message", [
@@ -212,6 +225,12 @@ def test_random_weights_have_the_official_size_but_for_the_depth(monkeypatch):
     ("quality --against {tiny}@steps=0", "after the @ comes"),
     ("quality --against {tiny}@stepps=2", "after the @ comes"),
     ("quality --pickscore", "needs --prompts"),
+    ("quality --clip {judges}/clip", "needs --prompts"),
+    ("quality --count 4", "at least 5"),
+    ("quality --samples 1", "at least 2"),
+    ("quality --prompts {judges}/prompts.txt --vision-model {judges}/dino", "--reference-images"),
+    ("quality --prompts {judges}/prompts.txt --clip {judges}/clip --vision-model {judges}/dino --reference-images "
+     "{judges}/photographs --samples 1", "too few"),
     ("quality --prompts nowhere.txt", "cannot be read"),
     ("quality --prompts {judges}/prompts.txt --clip nowhere", "nowhere"),
     ("quality --prompts {judges}/prompts.txt --clip {judges}/dino", "dino"),
@@ -221,6 +240,7 @@ def test_random_weights_have_the_official_size_but_for_the_depth(monkeypatch):
      "{judges}/photographs --inception {judges}/prompts.txt", "TorchScript"),
     ("quality --prompts {judges}/prompts.txt --clip {judges}/clip --scores hpsv2", "pip install hpsv2"),
     ("speed --depth 2", "--preset"),
+    ("speed --preset sd3-medium --depth 25", "has 24 blocks"),
     ("speed --model nowhere", "nowhere"),
     ("speed --size 65", "multiples of 16"),
     ("ablate --only everything", "invalid choice"),
