@@ -61,7 +61,7 @@ def main():
     judges.add_argument("--clip", metavar="NAME", help=f"of the CLIP score and the CLIP distance (default: {CLIP})")
     judges.add_argument("--pickscore", nargs="?", const=PICKSCORE, metavar="NAME", help=f"default: {PICKSCORE}")
     judges.add_argument("--reference-images", metavar="DIR", help="photographs: adds Fréchet distance, precision, recall")
-    judges.add_argument("--vision-model", metavar="NAME", help=f"whose features they are measured in (default: {VISION_MODEL}),")
+    judges.add_argument("--vision-model", metavar="NAME", help=f"whose features they are in (default: {VISION_MODEL}),")
     judges.add_argument("--inception", metavar="FILE", help="and a TorchScript Inception, for FID")
     judges.add_argument("--scores", nargs="+", default=[], choices=scores.PREFERENCES, help="through their own packages")
     two = add("speed", speed, "time teacher and students, part by part")
@@ -95,7 +95,8 @@ def add_command(commands, name, run, summary):
 def machine(device):
     """What the numbers were measured on."""
     threads = torch.get_num_threads()
-    name = f"{threads} thread{'s' * (threads > 1)} of {cpu_name()}" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else \
+        f"{threads} thread{'s' * (threads > 1)} of {cpu_name()}"
     return f"{name}, torch {torch.__version__.split('+')[0]}, Python {platform.python_version()}"
 
 
@@ -154,7 +155,8 @@ def draw_files(args, model, folder, prompts, seeds):
     if missing:
         pipeline, how = open_model(model, args.device, DTYPES[args.dtype])
         batch = batch_of(pipeline)
-        if args.prompts is None and tuple(side * pipeline.vae.factor for side in pipeline.latent_shape()[1:]) != 2 * (shapes.SIZE,):
+        sides = {side * pipeline.vae.factor for side in pipeline.latent_shape()[1:]}
+        if args.prompts is None and sides != {shapes.SIZE}:
             raise weights.UserError(f"{model}: draws no scenes of the tiny world; give --prompts FILE")
         with tqdm(total=len(files), initial=len(files) - len(missing), desc=f"sampling {Path(model).name}") as bar:
             for start in range(0, len(missing), batch):

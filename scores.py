@@ -64,7 +64,7 @@ def load_vision_model(path, device):
 
 
 def load_inception(file, device):
-    """The Inception of FID (Heusel et al. 2017) from a TorchScript file, NVIDIA's inception-2015-12-05.pt -> features (B, 2048).
+    """The Inception of FID (Heusel et al. 2017) from a TorchScript file, NVIDIA's inception-2015-12-05.pt -> (B, 2048).
 
     It takes bytes and does its own resizing, as the original does. FID depends on the number of images, so comparable with
     the paper is only one image for each of the paper's COCO prompts, against the photographs of those prompts.
