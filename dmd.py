@@ -69,16 +69,21 @@ def draw_index(density, start, stop, u):
 # -------------------------------------------------------------------------------------------------------- the student
 
 @torch.no_grad()
-def rollout(student, noise, sigmas, cond):
-    """The student's own samples (Sec. 3.2): all states x_{σ_0} … x_{σ_{n-1}} that its steps start from, and the velocities there.
+def rollout(student, noise, sigmas, k, cond, passes=None):
+    """The states x_{σ_k} that the student's own sampling (Sec. 3.2) reaches before step k, a k for each sample.
 
-    noise (B, C, H, W), sigmas (n+1,), cond = (context, pooled) -> states, velocities, (n, B, C, H, W) each.
+    A sample goes no further than it must: the pass of step j is for those with k > j. Work for a device is decided on the CPU,
+    where k is; `passes` (default: the largest k) are made whether or not a sample here needs them, since processes that share
+    one network must call it equally often.
+    noise (B, C, H, W), sigmas (n+1,), k int64 (B,), in ascending order, on the CPU, cond = (context, pooled) -> (B, C, H, W).
     """
-    states, velocities = [noise], []
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
-        velocities.append(student(states[-1], sigma.expand(len(noise)), *cond))
-        states.append(flow.euler_step(states[-1], velocities[-1], sigma, sigma_next))
-    return torch.stack(states[:-1]), torch.stack(velocities)
+    x = noise
+    for j in range(int(k.max()) if passes is None else passes):
+        done = int((k <= j).sum())          # these stay as they are
+        first = min(done, len(k) - 1)       # where all are done, one goes along for nothing
+        velocity = student(x[first:], sigmas[j].expand(len(x) - first), *(part[first:] for part in cond))
+        x = torch.cat([x[:done], flow.euler_step(x[first:], velocity, sigmas[j], sigmas[j + 1])[done - first:]])
+    return x
 
 
 def student_loss(y, real, fake):
@@ -99,15 +104,16 @@ def student_loss(y, real, fake):
     return (huber.mean(dim=(1, 2, 3)) / weight).mean()
 
 
-def student_objective(student, teacher, fake, x, sigma_k, sigma_end, sigma, noise, cond, uncond, guidance, alpha):
-    """The student's turn (Sec. 3.2): one step of it with gradient, compared at level σ by teacher and fake score.
+def student_objective(velocity, teacher, fake, x, sigma_k, sigma_end, sigma, noise, cond, uncond, guidance, guided):
+    """The student's turn (Sec. 3.2): its step from x at σ_k, compared at level σ by teacher and fake score.
 
-    x (B, C, H, W) is the state at σ_k that the student's own rollout reached; sigma_k, sigma_end, sigma are (B,).
+    velocity = G(x, σ_k, c), (B, C, H, W), with gradient; x is the state at σ_k that the student's own rollout reached;
+    sigma_k, sigma_end, sigma are (B,); uncond and guided as in gated_velocity.
     """
-    y = flow.euler_step(x, student(x, sigma_k, *cond), sigma_k, sigma_end)              # x_{σ_{k+1}}, with gradient
+    y = flow.euler_step(x, velocity, sigma_k, sigma_end)                                # x_{σ_{k+1}}, with gradient
     with torch.no_grad():
         z = flow.renoise(y, sigma_end, sigma, noise)                                    # x_σ
-        real_velocity = gated_velocity(teacher, z, sigma, cond, uncond, guidance, alpha)
+        real_velocity = gated_velocity(teacher, z, sigma, cond, uncond, guidance, guided)
         real = flow.euler_step(z, real_velocity, sigma, sigma_end)
         faked = flow.euler_step(z, fake(z, sigma, *cond), sigma, sigma_end)
     return student_loss(y, real, faked)
@@ -115,22 +121,26 @@ def student_objective(student, teacher, fake, x, sigma_k, sigma_end, sigma, nois
 
 # --------------------------------------------------------------------------------------- real score, fake score
 
-def gated_velocity(model, x, sigma, cond, uncond, guidance, alpha):
-    """Gated teacher guidance, Eq. (4): v_∅ + w (v_c - v_∅) where σ ≤ α, and v_c where σ > α.
+def guided_samples(sigma, alpha, guidance):
+    """Gated teacher guidance, Eq. (4), the gate: which samples are guided, those with σ ≤ α. (B,) -> int64, ascending.
 
     At high noise, where structure forms, strong guidance pins all samples to the main mode and diversity collapses, so it is
-    switched off there. α is compared with the shifted σ. The unconditional pass runs for the samples that need it only.
-    cond, uncond = (context, pooled) of B samples; x (B, C, H, W), sigma (B,) -> (B, C, H, W).
+    switched off there. α is compared with the shifted σ.
     """
-    gate = sigma <= alpha                                                               # (B,), True: guide
-    if guidance == 1 or not gate.any():
-        return model(x, sigma, *cond)
-    both = (torch.cat([c, u[gate]]) for c, u in zip(cond, uncond, strict=True))         # one batch for both passes
-    velocity, uncond_velocity = model(torch.cat([x, x[gate]]), torch.cat([sigma, sigma[gate]]), *both).split(
-        [len(x), int(gate.sum())])
-    guided = velocity.clone()
-    guided[gate] = flow.guide(uncond_velocity, velocity[gate], guidance)
-    return guided
+    return (sigma <= alpha).nonzero().flatten() if guidance != 1 else torch.zeros(0, dtype=torch.int64)
+
+
+def gated_velocity(model, x, sigma, cond, uncond, guidance, guided):
+    """Gated teacher guidance, Eq. (4): v_∅ + w (v_c - v_∅) for the samples `guided`, where σ ≤ α, and v_c where σ > α.
+
+    The unconditional pass runs for the samples that need it only, and in one batch with the others, so that processes that
+    share one network all call it once.
+    x (B, C, H, W), sigma (B,), cond = (context, pooled) of B samples, uncond of one -> (B, C, H, W).
+    """
+    both = (torch.cat([c, u.expand(len(guided), *u.shape[1:])]) for c, u in zip(cond, uncond, strict=True))
+    velocity, uncond_velocity = model(torch.cat([x, x[guided]]), torch.cat([sigma, sigma[guided]]), *both).split(
+        [len(x), len(guided)])
+    return velocity.index_copy(0, guided, flow.guide(uncond_velocity, velocity[guided], guidance))
 
 
 def fake_target(x, velocity, sigma_k, sigma_end, sigma, noise):

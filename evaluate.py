@@ -141,10 +141,7 @@ def refuse_judges(args):
 def fingerprint(model, dtype):
     """A folder's name for a model, how it is sampled and its files as they are now."""
     path, how = split_model(model)
-    found = weights.find_model(path)
-    files = [found] if found.is_file() else sorted(found.rglob("*.safetensors")) + sorted(found.rglob("*.json"))
-    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return f"{ablations.slug(Path(model).name)}-{hashlib.sha256(repr((how, dtype, state)).encode()).hexdigest()[:12]}"
+    return f"{ablations.slug(Path(model).name)}-{weights.fingerprint(weights.find_model(path), how, dtype)}"
 
 
 def draw_files(args, model, folder, prompts, seeds):

@@ -22,7 +22,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, base, rank, parts):
         super().__init__(base.in_features, base.out_features, device="meta")
-        self.weight, self.bias = base.weight, base.bias
+        self.weight, self.bias = base.weight, base.bias  # in whatever dtype they are; the adapter is in fp32
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.randn(parts, rank, base.in_features, device=device) / rank)
         self.lora_B = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank, device=device))
@@ -33,7 +33,7 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + torch.einsum("...pr,por->...po", low, self.lora_B).flatten(-2)  # alpha / r = 1
 
     def merged(self):
-        """The plain linear map that does the same."""
+        """The plain linear map that does the same, in fp32."""
         plain = nn.Linear(self.in_features, self.out_features, device="meta")
         plain.weight = nn.Parameter(self.weight + (self.lora_B @ self.lora_A).flatten(0, 1), requires_grad=False)
         plain.bias = self.bias

@@ -9,10 +9,12 @@ each sub-layer ("adaLN"). Parameter names are those of Stability's files; weight
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import weights
 
@@ -25,6 +27,7 @@ class MMDiT(nn.Module):
         super().__init__()
         hidden = hidden or 4 * width
         self.patch, self.channels, self.pos_max = patch, channels, pos_max
+        self.recompute = False  # training: keep only what enters each block, and run it again for the backward pass
         self.settings = {}  # what the files say beside the tensors: config.json and the header of a tensor file
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, stride=patch)})
         self.pos_embed = nn.Parameter(torch.zeros(1, pos_max**2, width), requires_grad=False)  # stored, never trained
@@ -43,12 +46,13 @@ class MMDiT(nn.Module):
         (B, N, width), (B, L, width). With `residuals` as well, those blocks do not run: their residuals are added instead.
         """
         h, w = self.grid_size(*latents.shape[-2:])
-        dtype = self.pos_embed.dtype  # that of the weights; the caller's latents, and so its sampler, may stay in fp32
+        # that of the weights; the caller's latents, and so its sampler, may stay in fp32, and with autocast so do the streams
+        dtype = latents.dtype if torch.is_autocast_enabled(latents.device.type) else self.pos_embed.dtype
         t = timestep_features(1000 * sigma).to(dtype)                                   # (B, 256)
         cond = self.t_embedder(t) + self.y_embedder(pooled.to(dtype))                   # (B, width)
-        c = self.context_embedder(context.to(dtype))                                    # (B, L, width)
+        c = self.context_embedder(context.to(dtype)).to(dtype)                          # (B, L, width)
         x = self.x_embedder["proj"](latents.to(dtype)).flatten(2).transpose(1, 2)       # (B, N, width), N = h w
-        x = x + self.crop_pos_embed(h, w)                                               # (B, N, width)
+        x = x.to(dtype) + self.crop_pos_embed(h, w)                                     # (B, N, width)
         found = []
         for blocks, j in split_blocks(list(self.joint_blocks), ranges or []):
             before = x, c
@@ -56,6 +60,8 @@ class MMDiT(nn.Module):
                 x, c = x + residuals[j][0], c + residuals[j][1]
                 continue
             for block in blocks:
+                if self.recompute and torch.is_grad_enabled():
+                    block = partial(checkpoint, block, use_reentrant=False)
                 x, c = block(x, c, cond)                                                # (B, N, width), (B, L, width)
             if j is not None:
                 found.append((x - before[0], c - before[1]))

@@ -176,15 +176,15 @@ class Pipeline:
         return self.mmdit.channels, h, w
 
 
-def load_pipeline(path, device="cpu", dtype=torch.float32):
-    """All of an SD3, from one file, folder or Hugging Face repository id."""
+def load_pipeline(path, device="cpu", dtype=torch.float32, mmdit=None, text=None):
+    """All of an SD3, from one file, folder or Hugging Face repository id; but for a part that is there already."""
     path = weights.find_model(path)
     scheduler = path / "scheduler" / "scheduler_config.json"
     with weights.explained(scheduler, "a scheduler's settings"):
         shift = float(weights.read_json(scheduler).get("shift", 3.0)) if scheduler.exists() else 3.0
-    mmdit = load_mmdit(path, device, dtype)
-    return Pipeline(mmdit, load_vae(path, device, dtype), load_text_encoders(path, device, dtype), shift,
-                    load_cache(path, mmdit, device, dtype))
+    mmdit = load_mmdit(path, device, dtype) if mmdit is None else mmdit
+    text = load_text_encoders(path, device, dtype) if text is None else text
+    return Pipeline(mmdit, load_vae(path, device, dtype), text, shift, load_cache(path, mmdit, device, dtype))
 
 
 HOW = {"steps": positive_int, "guidance": float, "shift": positive_float, "cache": block_ranges}

@@ -6,16 +6,20 @@ the pooled vector joins the two CLIPs' projected end-of-text states. T5 is optio
 """
 
 import csv
+import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
+import parallel
 import weights
 
 T5_LENGTH = 256    # tokens, as in diffusers and the paper; a tokenizer with a smaller maximum keeps its own
@@ -65,6 +69,58 @@ class TextEncoders(nn.Module):
         if any(len(ids) > length for ids in whole):
             whole = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
         return torch.tensor(whole, device=next(self.parameters()).device)
+
+
+class CachedText:
+    """Prompts encoded once, a safetensors file for each, and read from there: the encoders are in memory only while they work.
+
+    Called like TextEncoders. load(device, dtype) gives the encoders.
+    """
+
+    def __init__(self, folder, load, device, dtype):
+        self.folder, self.load, self.device, self.dtype = folder, load, device, dtype
+
+    def __call__(self, prompts):
+        """A list of B prompts -> context (B, 77 + 256, D), pooled (B, P). Raises UserError for one that was not encoded."""
+        parts = []
+        for prompt in prompts:
+            with weights.open_safetensors(self.file(prompt)) as file:
+                parts.append((file.get_tensor("context"), file.get_tensor("pooled")))
+        return [torch.stack(part).to(self.device, non_blocking=True) for part in zip(*parts)]
+
+    def file(self, prompt):
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
+
+    def open(self):
+        """The encoders, on the CPU."""
+        return self.load("cpu", self.dtype)
+
+    def encode(self, prompts, batch=16):
+        """Encode those of the prompts that are not there yet, each process its share. What is done is done if it is stopped.
+
+        Says how much there is to do before it starts; raises UserError where the disk is too small for it.
+        """
+        missing = [prompt for prompt in prompts if not self.file(prompt).exists()]
+        if missing:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            encoders = self.load(self.device, self.dtype)
+            probe = sum(part.nbytes for part in self.run(encoders, missing[:1]))
+            room, free = len(missing) * probe / 1e9, shutil.disk_usage(self.folder).free / 1e9
+            parallel.say(f"text: {len(missing)} prompts to encode, {room:.3g} GB in {self.folder}")
+            if room > free:
+                raise weights.UserError(f"{self.folder}: {room:.3g} GB of encoded prompts do not fit, {free:.3g} GB are free; "
+                                        "name another disk with --text-cache, or take fewer prompts or --iterations")
+            own = parallel.share(missing)
+            for start in tqdm(range(0, len(own), batch), desc="encoding text", disable=not parallel.is_first()):
+                part = own[start:start + batch]
+                for prompt, context, pooled in zip(part, *self.run(encoders, part), strict=True):
+                    weights.write_safetensors(self.file(prompt), {"context": context, "pooled": pooled}, {"prompt": prompt})
+            del encoders  # before the networks are built
+            parallel.wait()
+
+    @torch.no_grad()
+    def run(self, encoders, prompts):
+        return [part.to("cpu", self.dtype).contiguous() for part in encoders(prompts)]
 
 
 # ------------------------------------------------------------------------------------------------- prompt files

@@ -5,7 +5,8 @@
     python train.py --stage 0      make the tiny SD3 that the other commands use by default (tiny.py, shapes.py)
 
 A run writes to --out: the model in the diffusers folder layout, log.jsonl, contact sheets, metrics.json where the truth is
-known (the tiny world), and state.safetensors, from which --resume goes on.
+known (the tiny world), and its state, from which --resume goes on. On many GPUs: `torchrun --nproc_per_node=N train.py …`
+(parallel.py).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import time
 from dataclasses import replace
 from functools import partial
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 import dmd
 import flow
+import parallel
 import shapes
 import tiny
 import weights
@@ -32,16 +35,16 @@ from adversarial import (Heads, discriminator_loss, feature_distillation, genera
 from cache import Cache, check_ranges, effective_nfe, forward_flops, load_cache, new_cache, sampling_flops
 from lora import add_lora, merge_lora
 from mmdit import load_mmdit
-from sample import (TINY, CommandLine, Pipeline, block_ranges, contact_sheet, decode, find_device, generate, load_pipeline,
+from sample import (DTYPES, TINY, CommandLine, Pipeline, block_ranges, contact_sheet, decode, find_device, generate, load_pipeline,
                     positive_float, positive_int, save_pipeline, seed_number, write_picture)
-from text import read_prompts
+from text import CachedText, load_text_encoders, read_prompts
 
 # The numbers of the paper for SD3-Medium (Sec. 4.1). Stage I has alpha = 0.96 as in the released 2-step configuration (the
 # paper says 0.94). Stage II warms the compensator up for as many updates of its own as the released schedule, which counts
 # updates of every kind, comes to (the paper speaks of 500). The weights of the distillation terms are ours, and so is where the
 # cached range lies: the paper gives the number of blocks, its released configuration 2-7. The tiny presets fit their world.
 STAGE1 = {"steps": 2, "iterations": 500, "batch": 64, "student_lr": 5e-6, "fake_lr": 4e-5, "guidance": 7.0, "alpha": 0.96,
-          "density": "c", "windows": "step"}
+          "density": "c", "windows": "step", "lora": 0}
 STAGE2 = {"steps": None, "iterations": 4000, "batch": 32, "student_lr": 1e-5, "compensator_lr": 1e-3, "discriminator_lr": 1e-5,
           "objective": "adv", "output_weight": 1.0, "feature_weight": 1.0, "lpips": 0.0, "cache": [(2, 9)], "lora": 64,
           "alone": 50, "turns": 2, "warmup": 317, "decay": False, "student": None, "reference": None,
@@ -59,6 +62,7 @@ PRESETS = {
         "sd3.5-large": {**STAGE2, "cache": [(3, 12)]}},
 }
 NO_FLAGS = {"alone", "decay"}       # set by the preset only: the discriminator's updates at first; rates that fall to zero
+LARGE = {"at_once": 1, "recompute": True}  # how the official sizes are trained: nothing of this changes the result
 CLIP_STUDENT, CLIP_FAKE = 2.0, 1.0  # largest norm of the gradients; all of Stage II has the first
 STAGE1_RUN, REFERENCE_RUN = Path("runs/stage1"), Path("runs/stage1-4steps")
 LOG_EVERY, SAVE_SECONDS = 10, 60
@@ -70,9 +74,11 @@ GUIDANCES = (1.0, 2.0, 3.0, 4.0, 5.0)  # tried for the teacher that stage 0 make
 
 def main():
     args = parse_arguments()
+    args.device = parallel.start(args.device)
     sampling = {0: stage0, 1: stage1, 2: stage2}[args.stage](args)
     if sampling and is_tiny_world(args.model):
         report(args, args.model, sampling)
+    parallel.stop()
 
 
 def parse_arguments(words=None):
@@ -86,6 +92,8 @@ def parse_arguments(words=None):
     parser.add_argument("--iterations", type=positive_int)
     parser.add_argument("--batch", type=positive_int)
     parser.add_argument("--student-lr", type=positive_float)
+    parser.add_argument("--lora", type=whole_number, metavar="RANK",
+                        help="train adapters over shared, frozen weights (stage 1: of teacher, fake score and student); 0: all weights")
     one = parser.add_argument_group("stage 1")
     one.add_argument("--guidance", type=float, help="w, of the teacher")
     one.add_argument("--alpha", type=float, help="guidance is on up to this noise level; 1: always")
@@ -104,9 +112,18 @@ def parse_arguments(words=None):
     two.add_argument("--lpips", type=weight, help="weight of the LPIPS distance to the real image (needs the package lpips)")
     two.add_argument("--turns", type=positive_int, help="updates of the discriminator for each of the generator")
     two.add_argument("--warmup", type=whole_number, help="updates of the compensator before the student's own weights move")
-    two.add_argument("--lora", type=whole_number, metavar="RANK", help="0: train the student's weights themselves")
     two.add_argument("--compensator-lr", type=positive_float)
     two.add_argument("--discriminator-lr", type=positive_float)
+    memory = parser.add_argument_group("memory and speed: nothing of this changes the result")
+    memory.add_argument("--at-once", type=positive_int, metavar="N",
+                        help="samples that a device works on at once; the rest of the batch is accumulated (default: all of it; "
+                             "official sizes: 1)")
+    memory.add_argument("--recompute", action=argparse.BooleanOptionalAction,
+                        help="run each block again for its backward pass (default: for official sizes)")
+    memory.add_argument("--offload", action="store_true", help="keep optimiser states in the CPU's memory between updates")
+    memory.add_argument("--compile", action="store_true", help="torch.compile the transformer blocks")
+    memory.add_argument("--text-cache", default="runs/text", metavar="DIR",
+                        help="where the encoded prompts of official models go (default: runs/text)")
     parser.add_argument("--sheet-every", type=positive_int, default=100, help="iterations between contact sheets")
     parser.add_argument("--seed", type=seed_number, default=0)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
@@ -119,7 +136,8 @@ def parse_arguments(words=None):
     for name in {**STAGE1, **STAGE2}.keys() - preset.keys() - NO_FLAGS:
         if getattr(args, name) is not None:
             raise weights.UserError(f"--{name.replace('_', '-')} means nothing to --stage {args.stage}")
-    for name, value in {"model": MODELS[args.preset], **preset}.items():
+    large = LARGE if args.preset != "tiny" else {}
+    for name, value in {"model": MODELS[args.preset], **large, **preset}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.device = find_device(args.device)
@@ -152,7 +170,8 @@ def fast_bf16(device):
 def arithmetic(args):
     """The context in which networks run: autocast, and the attention kernel that is fastest for the device."""
     stack = contextlib.ExitStack()
-    stack.enter_context(torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bf16"))
+    # no cache of weights in bf16: it would hold a second copy of each network, and hide the gradient from what was cached without
+    stack.enter_context(torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bf16", cache_enabled=False))
     if args.device.type == "cpu":  # a short sequence's backward pass takes a third of the time of the flash kernel's
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
     return stack
@@ -170,10 +189,6 @@ class Run:
     def __init__(self, folder, name, networks, optimizers, settings=""):
         self.folder, self.name, self.networks, self.optimizers, self.step = folder, name, networks, optimizers, 0
         self.settings = settings
-        self.file = folder / "state.safetensors"
-
-    def generator(self, seed):
-        return torch.Generator().manual_seed(1_000_003 * seed + self.step)
 
     def save(self):
         tensors = {f"{key}/{name}": tensor for key, network in self.networks.items()
@@ -181,67 +196,98 @@ class Run:
         for key, optimizer in self.optimizers.items():
             for i, state in optimizer.state_dict()["state"].items():
                 tensors.update({f"{key}/{i}/{name}": value for name, value in state.items()})
-        weights.write_safetensors(self.file, {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},
-                                  {"name": self.name, "step": str(self.step), "settings": self.settings})
+        parallel.save(tensors, self.folder, {"name": self.name, "step": self.step, "settings": self.settings})
 
     def restore(self):
         """Take up the saved state, if there is one of this name. Raises UserError if it was made with other settings."""
-        if not self.file.exists():
+        header = parallel.read_header(self.folder)
+        if header is None or header["name"] != self.name:
             return
-        with weights.open_safetensors(self.file) as file:
-            header = file.metadata()
-            if header.get("name") != self.name:
-                return
-            if header["settings"] != self.settings:
-                raise weights.UserError(f"{self.file}: made with other settings, {header['settings']}; "
-                                        f"these are {self.settings}")
-            for key, network in self.networks.items():
-                network.load_state_dict({name: file.get_tensor(f"{key}/{name}") for name in network.state_dict()})
-            states = {key: {} for key in self.optimizers}
-            for name in file.keys():
-                key, *rest = name.split("/")
-                if key in states:
-                    states[key].setdefault(int(rest[0]), {})[rest[1]] = file.get_tensor(name)
-            for key, optimizer in self.optimizers.items():
-                optimizer.load_state_dict({"state": states[key], "param_groups": optimizer.state_dict()["param_groups"]})
-            self.step = int(header["step"])
+        if header["settings"] != self.settings:
+            raise weights.UserError(f"{self.folder}: made with other settings, {header['settings']}; these are {self.settings}")
+        parameters = {f"{key}/{i}/": parameter for key, optimizer in self.optimizers.items()
+                      for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+
+        def places(saved):
+            """Where each saved tensor goes: into a network as it is, or into an empty state of an optimiser."""
+            tensors = {f"{key}/{name}": tensor for key, network in self.networks.items()
+                       for name, tensor in network.state_dict().items()}
+            for prefix, parameter in parameters.items():
+                for name in ("step", "exp_avg", "exp_avg_sq"):
+                    if prefix + name in saved:
+                        tensors[prefix + name] = torch.zeros(()) if name == "step" else torch.zeros_like(parameter).detach()
+            return tensors
+
+        tensors = parallel.load(self.folder, places)
+        for key, optimizer in self.optimizers.items():
+            states = {}
+            for name in tensors:
+                if name.startswith(key + "/"):
+                    i, what = name.removeprefix(key + "/").split("/")
+                    states.setdefault(int(i), {})[what] = tensors[name]
+            optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+        self.step = header["step"]
+
+
+def seeded(seed, step):
+    """The random numbers of one iteration; its prompts are drawn first."""
+    return torch.Generator().manual_seed(1_000_003 * seed + step)
 
 
 def fit(run, update, iterations, sheet=None, sheet_every=None):
     """The one training loop. update(run) makes one iteration and returns what to log; sheet(run) draws a contact sheet."""
     run.restore()
+    first = parallel.is_first()
     log_file = run.folder / "log.jsonl"
-    old = [json.loads(line) for line in log_file.read_text().splitlines()] if log_file.exists() else []
+    old = [json.loads(line) for line in log_file.read_text().splitlines()] if first and log_file.exists() else []
     old = [entry for entry in old if entry["run"] != run.name or entry["step"] <= run.step]  # what is done again goes
-    weights.write_text(log_file, "".join(json.dumps(entry) + "\n" for entry in old))
+    if first:
+        weights.write_text(log_file, "".join(json.dumps(entry) + "\n" for entry in old))
     saved = time.monotonic()
-    with tqdm(total=iterations, initial=run.step, desc=run.name, mininterval=1) as bar, open(log_file, "a") as log:
+    with (tqdm(total=iterations, initial=run.step, desc=run.name, mininterval=1, disable=not first) as bar,
+          open(log_file if first else os.devnull, "a") as log):
         while run.step < iterations:
             values = update(run)
             run.step += 1
             bar.update()
             last = run.step == iterations
             if run.step % LOG_EVERY == 0 or last:
-                values = {name: value.item() for name, value in values.items()}
+                # the mean over the processes, the time as well, so that all decide alike
+                numbers = torch.stack([*values.values(), torch.tensor(time.monotonic() - saved).to(values["norm"])])
+                parallel.average([numbers])
+                *numbers, elapsed = numbers.tolist()
+                values = dict(zip(values, numbers))
                 if not all(map(math.isfinite, values.values())):
                     raise weights.UserError(f"{run.name}: not finite at step {run.step} ({values}); try a lower learning rate")
                 bar.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
                 log.write(json.dumps({"run": run.name, "step": run.step, **values}) + "\n")
                 log.flush()
-                if last or time.monotonic() - saved > SAVE_SECONDS:  # what was just seen to be finite
+                if last or elapsed > SAVE_SECONDS:  # what was just seen to be finite
                     run.save()
                     saved = time.monotonic()
             if sheet and (run.step % sheet_every == 0 or last):
                 sheet(run)
 
 
-def descend(optimizer, loss, max_norm):
-    """One optimiser step. Returns the norm of the gradient before it was clipped."""
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+def descend(optimizer, max_norm, offload=False):
+    """One optimiser step along the accumulated gradients. Returns their norm, before it was clipped.
+
+    offload: between steps, the optimiser's states wait in the CPU's memory.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = parallel.clip_gradients(parameters, max_norm)
+    if offload:
+        move_states(optimizer, parameters[0].device)
     optimizer.step()
+    if offload:
+        move_states(optimizer, "cpu")
+    optimizer.zero_grad()
     return norm
+
+
+def move_states(optimizer, device):
+    for state in optimizer.state.values():
+        state.update({name: tensor.to(device) for name, tensor in state.items()})
 
 
 # -------------------------------------------------------------------------------------------------------- stage I
@@ -252,55 +298,75 @@ def stage1(args):
     Returns what there is to compare: by name, a pipeline and how it is sampled (see sample.generate). So does stage2.
     """
     prompts = prompts_to_draw(args)
-    teacher = load_pipeline(args.model, args.device)
-    student, fake = trainable_copy(teacher.mmdit), trainable_copy(teacher.mmdit)
-    adamw = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=1e-4, eps=1e-8, fused=True)
-    optimizers = {"student_adamw": adamw(trainable(student), lr=args.student_lr),
-                  "fake_adamw": adamw(trainable(fake), lr=args.fake_lr)}
-    run = Run(args.out, "stage 1", {"student": student, "fake": fake}, optimizers, settings(args))
+    text = open_text(args, prompts)
+    mmdit, (student, fake), learned = open_networks(args, args.model, trained=2)
+    teacher = load_pipeline(args.model, args.device, mmdit=mmdit, text=text)
+    sigmas, update, optimizers = distribution_matching(args, teacher, student, fake, prompts)
+    run = Run(args.out, "stage 1", dict(zip(("student", "fake"), learned)), optimizers, settings(args))
 
-    device, shape = args.device, teacher.latent_shape()
-    grid = flow.teacher_grid(teacher.shift)
-    start, stop, end = dmd.step_windows(args.steps, teacher.shift, whole=args.windows == "whole")
-    sigmas = flow.student_sigmas(args.steps, teacher.shift).to(device)
-    uniform, density = dmd.importance_density("uniform"), dmd.importance_density(args.density)
-    rows = torch.arange(args.batch, device=device)
-    uncond = tuple(part.expand(args.batch, *part.shape[1:]) for part in teacher.text([""]))
-
-    def draw_levels(density, generator):
-        """For each sample: a step k of the student, and σ_k, the level that it leads to, σ in its window, and noise."""
-        k = torch.randint(args.steps, (args.batch,), generator=generator)
-        i = dmd.draw_index(density, start[k], stop[k], torch.rand(args.batch, generator=generator))
-        noise = torch.randn(args.batch, *shape, generator=generator)
-        return k.to(device), *(x.to(device) for x in (sigmas.cpu()[k], grid[end[k]], grid[i], noise))
-
-    def update(run):
-        generator = run.generator(args.seed)
-        cond = teacher.text(draw_prompts(prompts, args.batch, generator))
-        noise = torch.randn(args.batch, *shape, generator=generator).to(device)
-        with arithmetic(args):
-            states, velocities = dmd.rollout(student, noise, sigmas, cond)
-            k, *levels = draw_levels(uniform, generator)
-            loss_fake = dmd.fake_loss(fake, states[k, rows], velocities[k, rows], *levels, cond)
-        descend(optimizers["fake_adamw"], loss_fake, CLIP_FAKE)
-        with arithmetic(args):
-            k, *levels = draw_levels(density, generator)
-            loss_student = dmd.student_objective(student, teacher.mmdit, fake, states[k, rows], *levels, cond, uncond,
-                                                 args.guidance, args.alpha)
-        norm = descend(optimizers["student_adamw"], loss_student, CLIP_STUDENT)
-        return {"student": loss_student, "fake": loss_fake, "norm": norm}
-
-    distilled = Pipeline(student, teacher.vae, teacher.text, teacher.shift)
+    distilled = replace(teacher, mmdit=student)
     sampling = {"student": (distilled, {"sigmas": sigmas, "guidance": 1.0}),
                 f"teacher, 28 steps, w = {args.guidance:g}": (teacher, {"steps": 28, "guidance": args.guidance}),
                 f"teacher, {args.steps} steps": (teacher, {"sigmas": sigmas, "guidance": args.guidance})}
     fit(run, update, args.iterations, Sheet(args, prompts, sampling), args.sheet_every)
-
-    student.eval()
-    header = {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings}
-    save_pipeline(distilled, args.out, header)
-    print(f"student: {args.out}")
+    save_student(args, args.model, distilled, {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings})
     return sampling
+
+
+def distribution_matching(args, teacher, student, fake, prompts):
+    """What makes Stage I: the student's nodes, one iteration update(run), and the optimisers. `teacher` is a whole pipeline."""
+    adamw = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=1e-4, eps=1e-8, fused=True)
+    optimizers = {"student_adamw": adamw(trainable(student), lr=args.student_lr),
+                  "fake_adamw": adamw(trainable(fake), lr=args.fake_lr)}
+    shape, parts = teacher.latent_shape(), parallel.micro_batches(args.batch, args.at_once)
+    grid = flow.teacher_grid(teacher.shift)
+    start, stop, end = dmd.step_windows(args.steps, teacher.shift, whole=args.windows == "whole")
+    nodes = flow.student_sigmas(args.steps, teacher.shift)
+    sigmas = nodes.to(args.device)
+    uniform, density = dmd.importance_density("uniform"), dmd.importance_density(args.density)
+    uncond = teacher.text([""])
+
+    def move(*tensors):
+        return [tensor.to(args.device, non_blocking=True) for tensor in tensors]
+
+    def update(run):
+        """One iteration: for each micro-batch both losses; then both networks move.
+
+        The order is ours: the student's one pass with gradient also gives the sample that the fake score learns from, so the
+        fake score that the student meets has learned from the samples of the iterations before. The released code makes a
+        rollout for each of the two and lets the fake score move first (13 forward passes a sample instead of 11.4).
+        """
+        generator = seeded(args.seed, run.step)
+        words = draw_prompts(prompts, args.batch, generator)
+        k = torch.randint(args.steps, (args.batch,), generator=generator).sort().values  # sorted: micro-batches of one k
+        noise = torch.randn(args.batch, *shape, generator=generator)
+        draws = {}  # for the student and for the fake score: a level σ in the window of k, and noise to reach it
+        for name, p in (("student", density), ("fake", uniform)):
+            sigma = grid[dmd.draw_index(p, start[k], stop[k], torch.rand(args.batch, generator=generator))]
+            draws[name] = sigma, torch.randn(args.batch, *shape, generator=generator)
+        losses = {"student": 0, "fake": 0}
+        for rows, everyone in parts:
+            cond = teacher.text([words[i] for i in rows])
+            x, sigma_k, sigma_end, sigma, again, fake_sigma, fake_again, guided = move(
+                noise[rows], nodes[k[rows]], grid[end[k[rows]]], *(draw[rows] for draw in draws["student"]),
+                *(draw[rows] for draw in draws["fake"]),
+                dmd.guided_samples(draws["student"][0][rows], args.alpha, args.guidance))
+            with arithmetic(args):
+                x = dmd.rollout(student, x, sigmas, k[rows], cond, passes=int(k[everyone].max()))
+                velocity = student(x, sigma_k, *cond)
+                loss = dmd.student_objective(velocity, teacher.mmdit, fake, x, sigma_k, sigma_end, sigma, again, cond, uncond,
+                                             args.guidance, guided) / len(parts)
+            loss.backward()
+            losses["student"] += loss.detach()
+            with arithmetic(args):
+                loss = dmd.fake_loss(fake, x, velocity.detach(), sigma_k, sigma_end, fake_sigma, fake_again, cond) / len(parts)
+            loss.backward()
+            losses["fake"] += loss.detach()
+        norm = descend(optimizers["student_adamw"], CLIP_STUDENT, args.offload)
+        descend(optimizers["fake_adamw"], CLIP_FAKE, args.offload)
+        return {**losses, "norm": norm}
+
+    return sigmas, update, optimizers
 
 
 # ------------------------------------------------------------------------------------------------------- stage II
@@ -308,22 +374,28 @@ def stage1(args):
 def stage2(args):
     """Stage II, adversarial refinement of details with cached blocks (Sec. 3.3 and 3.4), trained as the student samples."""
     prompts = prompts_to_draw(args)
-    initial = load_student(args)
+    path = find_student(args)
+    text = open_text(args, prompts)
+    mmdit, (student,), (learned,) = open_networks(args, path, trained=1)
+    initial = load_pipeline(path, args.device, mmdit=mmdit, text=text)
+    if initial.carried("sigmas") is None:
+        raise weights.UserError(f"{path}: no student of Stage I, since it carries no noise levels of its own")
+    initial.cache = None
     reference = load_reference(args, initial)
     device, shape = args.device, initial.latent_shape()
     sigmas = initial.sigmas(args.steps).to(device)
-    check_refinement(args, initial.mmdit, steps=len(sigmas) - 1)
+    check_refinement(args, mmdit, steps=len(sigmas) - 1)
     adversarial, distilling = "adv" in args.objective, "kd" in args.objective
     turns = (args.alone, args.turns) if adversarial else (0, 0)  # else every update is the generator's
     warmup, feature_weight = (args.warmup, args.feature_weight) if args.cache else (0, 0.0)
     lpips = load_lpips(device) if args.lpips else None
     backbone = load_backbone(args.backbone, device) if adversarial else None
+    parts = parallel.micro_batches(args.batch, args.at_once)
 
     torch.manual_seed(args.seed)  # for the initial weights alone
-    student, adapters = add_lora(initial.mmdit, args.lora) if args.lora else (trainable_copy(initial.mmdit), None)
-    cache = new_cache(args.cache, student.pos_embed.shape[2], device)
+    cache = new_cache(args.cache, mmdit.pos_embed.shape[2], device)
     heads = Heads(backbone.widths).to(device) if adversarial else None
-    own, learning = trainable(student), {"student": adapters or student, "compensators": cache.compensators}
+    own, learning = trainable(student), {"student": learned, "compensators": cache.compensators}
     adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     optimizers = {"generator_adamw": adamw([{"params": own, "lr": args.student_lr},
                                             {"params": trainable(cache.compensators), "lr": args.compensator_lr}])}
@@ -332,53 +404,59 @@ def stage2(args):
         optimizers["discriminator_adamw"] = adamw(heads.parameters(), lr=args.discriminator_lr)
     run = Run(args.out, "stage 2", learning, optimizers, settings(args))
 
-    reference_sigmas, reference_guidance = reference.sigmas(), reference.guidance()
-    uncond = tuple(part.expand(args.batch, *part.shape[1:]) for part in initial.text([""]))
-    losses = {}  # the latest of every kind, for the log
+    reference_sigmas, reference_guidance, uncond = reference.sigmas(), reference.guidance(), text([""])
 
     def real_images(noise, cond):
         """Decoded samples of the reference generator from the same noise and prompts."""
-        latents = flow.sample(reference.mmdit, noise, reference_sigmas, cond, uncond, reference_guidance, cache=reference.cache)
+        nothing = [part.expand(len(noise), *part.shape[1:]) for part in uncond]
+        latents = flow.sample(reference.mmdit, noise, reference_sigmas, cond, nothing, reference_guidance, cache=reference.cache)
         with torch.no_grad():
             return initial.vae.decode(latents)
 
-    def discriminator_update(noise, cond):
-        with arithmetic(args):
-            with torch.no_grad():
-                fake = initial.vae.decode(refine(student, noise, sigmas, cond, cache)[0])
-            loss = discriminator_loss(backbone, heads, fake, real_images(noise, cond))
-        descend(optimizers["discriminator_adamw"], loss, CLIP_STUDENT)
-        losses["discriminator"] = loss.detach()
+    def discriminator_terms(noise, cond):
+        with torch.no_grad():
+            fake = initial.vae.decode(refine(student, noise, sigmas, cond, cache)[0])
+        return {"discriminator": discriminator_loss(backbone, heads, fake, real_images(noise, cond))}
 
-    def generator_update(noise, cond, warm, rate):
-        for parameter in own:
-            parameter.requires_grad_(warm)
-        for group, lr in zip(optimizers["generator_adamw"].param_groups, (args.student_lr, args.compensator_lr)):
-            group["lr"] = rate * lr
+    def generator_terms(noise, cond):
         terms = {}
-        with arithmetic(args):
-            latents, steps = refine(student, noise, sigmas, cond, cache, initial.mmdit if distilling else None)
-            images = initial.vae.decode(latents) if adversarial or lpips else None
-            if adversarial:
-                terms["adversarial"] = generator_loss(backbone, heads, images)
-            if distilling and args.output_weight:
-                terms["output"] = args.output_weight * output_distillation(steps)
-            if distilling and feature_weight:
-                terms["feature"] = feature_weight * feature_distillation(steps)
-            if lpips:
-                terms["lpips"] = args.lpips * lpips(images, real_images(noise, cond))
-        losses["norm"] = descend(optimizers["generator_adamw"], sum(terms.values()), CLIP_STUDENT)
-        losses.update({name: value.detach() for name, value in terms.items()})
+        latents, steps = refine(student, noise, sigmas, cond, cache, mmdit if distilling else None)
+        images = initial.vae.decode(latents) if adversarial or lpips else None
+        if adversarial:
+            terms["adversarial"] = generator_loss(backbone, heads, images)
+        if distilling and args.output_weight:
+            terms["output"] = args.output_weight * output_distillation(steps)
+        if distilling and feature_weight:
+            terms["feature"] = feature_weight * feature_distillation(steps)
+        if lpips:
+            terms["lpips"] = args.lpips * lpips(images, real_images(noise, cond))
+        return terms
+
+    losses = {}  # the latest of every kind, for the log
 
     def update(run):
-        generator = run.generator(args.seed)
-        cond = initial.text(draw_prompts(prompts, args.batch, generator))
-        noise = torch.randn(args.batch, *shape, generator=generator).to(device)
-        if is_generator_turn(run.step, *turns):
-            generator_update(noise, cond, warm=generator_turns(run.step, *turns) >= warmup,
-                             rate=1 - run.step / args.iterations if args.decay else 1)
-        else:
-            discriminator_update(noise, cond)
+        generator = seeded(args.seed, run.step)
+        words = draw_prompts(prompts, args.batch, generator)
+        noise = torch.randn(args.batch, *shape, generator=generator)
+        generators = is_generator_turn(run.step, *turns)
+        if generators:
+            for parameter in own:
+                parameter.requires_grad_(generator_turns(run.step, *turns) >= warmup)
+            rate = 1 - run.step / args.iterations if args.decay else 1
+            for group, lr in zip(optimizers["generator_adamw"].param_groups, (args.student_lr, args.compensator_lr)):
+                group["lr"] = rate * lr
+        found = {}
+        for i, (rows, _) in enumerate(parts):
+            if adversarial:
+                heads.train(i == 0)  # spectral norm goes on by one power iteration an update, however many passes it takes
+            cond = text([words[row] for row in rows])
+            with arithmetic(args):
+                terms = (generator_terms if generators else discriminator_terms)(noise[rows].to(device, non_blocking=True), cond)
+            (sum(terms.values()) / len(parts)).backward()
+            for name, value in terms.items():
+                found[name] = found.get(name, 0) + value.detach() / len(parts)
+        norm = descend(optimizers["generator_adamw" if generators else "discriminator_adamw"], CLIP_STUDENT, args.offload)
+        losses.update(found, **({"norm": norm} if generators or "norm" not in losses else {}))
         return losses
 
     how = {"sigmas": sigmas, "guidance": 1.0}
@@ -389,13 +467,11 @@ def stage2(args):
     sampling.update({"student": (refined, how), "reference": (reference, {})})
     fit(run, update, args.iterations, Sheet(args, prompts, sampling), args.sheet_every)
 
-    refined.mmdit = merge_lora(student)
-    header = {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings}
-    save_pipeline(refined, args.out, header)
+    save_student(args, path, refined, {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings})
     size, steps = (*shape[1:], uncond[0].shape[1]), len(sigmas) - 1
     by_blocks = effective_nfe(len(student.joint_blocks), args.cache, steps)
-    by_flops = sampling_flops(refined.mmdit, *size, steps, refined.cache) / forward_flops(refined.mmdit, *size)
-    print(f"student: {args.out}, {by_blocks:.2f} evaluations by the blocks that run, {by_flops:.2f} by FLOPs")
+    by_flops = sampling_flops(student, *size, steps, refined.cache) / forward_flops(student, *size)
+    parallel.say(f"{by_blocks:.2f} evaluations by the blocks that run, {by_flops:.2f} by FLOPs")
     return sampling
 
 
@@ -410,16 +486,12 @@ def check_refinement(args, mmdit, steps):
         raise weights.UserError("--objective kd with all its weights at zero leaves nothing to train on")
 
 
-def load_student(args):
-    """The Stage I student that Stage II starts from."""
+def find_student(args):
+    """The folder of the Stage I student that Stage II starts from."""
     if args.student is None and not is_finished(STAGE1_RUN):
         raise weights.UserError("Stage II starts from a Stage I student: run `python train.py --stage 1` first, or name one "
                                 "with --student")
-    student = load_pipeline(args.student or STAGE1_RUN, args.device)
-    if student.carried("sigmas") is None:
-        raise weights.UserError(f"{args.student}: no student of Stage I, since it carries no noise levels of its own")
-    student.cache = None
-    return student
+    return weights.find_model(args.student or STAGE1_RUN)
 
 
 def load_reference(args, student):
@@ -428,7 +500,7 @@ def load_reference(args, student):
     The teacher needs many more passes for an image: that is said, with the way out.
     """
     path = weights.find_model(args.reference or (REFERENCE_RUN if is_finished(REFERENCE_RUN) else args.model))
-    mmdit = load_mmdit(path, args.device)
+    mmdit = frozen_network(args, path)
     sizes, own = ({name: tensor.shape for name, tensor in network.state_dict().items()} for network in (mmdit, student.mmdit))
     if sizes != own:
         raise weights.UserError(f"{path}: a reference of another architecture than the student's")
@@ -436,8 +508,8 @@ def load_reference(args, student):
     steps = len(reference.sigmas()) - 1
     passes = steps * (2 if reference.guidance() > 1 else 1)
     if passes > 8:
-        print(f"reference: {path}, {passes} network passes for each real image. A 4-step student needs 4: "
-              "make one with `python train.py --stage 1 --steps 4`")
+        parallel.say(f"reference: {path}, {passes} network passes for each real image. A 4-step student needs 4: "
+                     "make one with `python train.py --stage 1 --steps 4`")
     return reference
 
 
@@ -447,11 +519,73 @@ def is_finished(folder):
 
 # --------------------------------------------------------------------------------------------- what the stages share
 
-def trainable_copy(mmdit):
-    """A copy of an MMDiT whose weights are all trained, but for the stored table of positions."""
-    network = copy.deepcopy(mmdit).train().requires_grad_(True)
+def open_networks(args, path, trained):
+    """The network at `path` as it is, `trained` copies that learn, and what of each of them is trained, as modules.
+
+    All weights are trained: so many networks beside the frozen one, shared out if there are many processes. With adapters
+    (--lora): one frozen network that all share, which every process has whole, and a set of adapters for each.
+    """
+    if args.lora:
+        frozen = load_mmdit(path, args.device, DTYPES[args.dtype])
+        torch.manual_seed(args.seed)  # for the adapters' initial weights alone
+        networks, learning = zip(*(add_lora(frozen, args.lora) for _ in range(trained)))
+    else:
+        networks = learning = [trainable_network(args, path) for _ in range(trained)]
+        frozen = frozen_network(args, path)
+    for network in networks:
+        network.recompute = bool(args.recompute)
+        for block in network.joint_blocks if args.compile else ():
+            block.compile()
+    return frozen, networks, learning
+
+
+def trainable_network(args, path):
+    """A network whose weights are all trained, in fp32, but for the stored table of positions."""
+    network = load_mmdit(path, home(args)).train().requires_grad_(True)
     network.pos_embed.requires_grad_(False)
-    return network
+    return parallel.shard(network, DTYPES[args.dtype], args.device)
+
+
+def frozen_network(args, path):
+    """A network that is only run, in the dtype of the arithmetic: bf16 is what autocast would make of its weights."""
+    return parallel.shard(load_mmdit(path, home(args), DTYPES[args.dtype]), DTYPES[args.dtype], args.device)
+
+
+def home(args):
+    """Where a network is loaded: on the CPU if it is to be shared out."""
+    return "cpu" if parallel.processes() > 1 else args.device
+
+
+def open_text(args, prompts):
+    """The text encoders; outside the tiny world, whose are small, text that is encoded beforehand and read from the disk."""
+    if is_tiny_world(args.model):
+        return load_text_encoders(args.model, args.device)
+    path = weights.find_model(args.model)
+    folder = Path(args.text_cache) / f"{Path(args.model).name}-{weights.fingerprint(path, args.dtype)}"
+    text = CachedText(folder, partial(load_text_encoders, path), args.device, DTYPES[args.dtype])
+    drawn = {"", *sheet_prompts(prompts)}
+    for step in range(args.iterations):
+        drawn.update(draw_prompts(prompts, args.batch, seeded(args.seed, step)))
+    text.encode(sorted(drawn))
+    return text
+
+
+def save_student(args, path, pipeline, header):
+    """Write a student in the diffusers layout: its adapters merged, or the shards of all processes put together.
+
+    path: of a model of the same shape.
+    """
+    if args.lora:
+        mmdit = merge_lora(pipeline.mmdit)
+    elif parallel.processes() > 1:
+        mmdit = parallel.fill_whole(load_mmdit(path), pipeline.mmdit)
+    else:
+        mmdit = pipeline.mmdit
+    if parallel.is_first():
+        text = pipeline.text.open() if isinstance(pipeline.text, CachedText) else pipeline.text
+        save_pipeline(replace(pipeline, mmdit=mmdit, text=text), args.out, header, dtype=torch.float32)
+        print(f"student: {args.out}")
+    parallel.wait()
 
 
 def trainable(network):
@@ -483,12 +617,16 @@ def draw_prompts(prompts, n, generator):
     return [prompts[i] for i in torch.randint(len(prompts), (n,), generator=generator)]
 
 
+def sheet_prompts(prompts, rows=8):
+    return draw_prompts(prompts, rows, torch.Generator().manual_seed(7))
+
+
 class Sheet:
     """Draws the same prompts and seeds each time: a row a prompt, two images of each sampler side by side."""
 
     def __init__(self, args, prompts, sampling, rows=8, seeds=(1, 2)):
         self.args, self.sampling, self.seeds = args, sampling, seeds
-        self.prompts = draw_prompts(prompts, rows, torch.Generator().manual_seed(7))
+        self.prompts = sheet_prompts(prompts, rows)
         self.drawn = {}  # the teacher's images do not change: drawn once
 
     def __call__(self, run):
@@ -500,7 +638,8 @@ class Sheet:
         images = torch.cat(list(self.drawn.values()), dim=1)                            # (rows, samplers · seeds, 3, H, W)
         headings = [name if j == 0 else "" for name in self.drawn for j in range(len(self.seeds))]
         picture = contact_sheet(images.flatten(0, 1), self.prompts, headings)
-        write_picture(picture, run.folder / f"sheet-{run.step:06}.png")
+        if parallel.is_first():
+            write_picture(picture, run.folder / f"sheet-{run.step:06}.png")
 
 
 def draw(args, pipeline, how, prompts, seeds):
@@ -513,13 +652,14 @@ def report(args, model, sampling):
     """Measure samplers in the tiny world, where the truth is known, print a table and write metrics.json (with errors)."""
     recogniser = shapes.load_recogniser(model)
     measured = {name: shapes.measure(partial(draw, args, pipeline, how), recogniser)
-                for name, (pipeline, how) in tqdm(sampling.items(), desc="measuring")}
-    weights.write_json(args.out / "metrics.json", measured)
+                for name, (pipeline, how) in tqdm(sampling.items(), desc="measuring", disable=not parallel.is_first())}
+    if parallel.is_first():
+        weights.write_json(args.out / "metrics.json", measured)
     for what in ("adherence", "coverage", "distribution"):
         headings = next(iter(measured.values()))[what]
-        print(f"\n{what:28}" + "".join(f"{name:>17}" for name in headings))
+        parallel.say(f"\n{what:28}" + "".join(f"{name:>17}" for name in headings))
         for name, values in measured.items():
-            print(f"{name:28}" + "".join(f"{value:17.3f}" for value, error in values[what].values()))
+            parallel.say(f"{name:28}" + "".join(f"{value:17.3f}" for value, error in values[what].values()))
     return measured
 
 
@@ -527,6 +667,8 @@ def report(args, model, sampling):
 
 def stage0(args):
     """Make the tiny SD3 from nothing, part by part: each has one loss (tiny.py), and a finished part is not made again."""
+    if parallel.processes() > 1:
+        raise weights.UserError("stage 0 is for one process: python train.py --stage 0")
     if is_tiny_world(args.out):
         raise weights.UserError(f"{args.out} holds a finished tiny SD3; choose another --out")
     make = partial(make_part, args)
@@ -567,12 +709,13 @@ def make_part(args, name, build, loss, iterations, rate, average=0.999, seed=Non
         for group in optimizer.param_groups:
             group["lr"] = rate * min((run.step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * run.step / iterations))
         with arithmetic(args):
-            value = loss(network, run.generator(seed))
-        norm = descend(optimizer, value, max_norm=1.0)
+            value = loss(network, seeded(seed, run.step))
+        value.backward()
+        norm = descend(optimizer, max_norm=1.0)
         decay = min(average, (1 + run.step) / (10 + run.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - decay)
-        return {"loss": value, "norm": norm}
+        return {"loss": value.detach(), "norm": norm}
 
     fit(Run(args.out, name, {"network": network, "averaged": averaged}, {"adamw": optimizer}), update, iterations)
     weights.write_safetensors(file, {n: t.detach().cpu().clone() for n, t in averaged.state_dict().items()})

@@ -5,6 +5,7 @@ The layouts are Stability's single file and the diffusers folder. Our modules us
 each read only when its turn comes: the peak is the finished network plus one tensor.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -52,6 +53,13 @@ def find_model(path):
     except Exception as error:  # its many network, login and licence errors; the reason is in the first line
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: neither a local path nor a Hugging Face repository that can be fetched ({reason})") from error
+
+
+def fingerprint(path, *more):
+    """A short name for a local model's files as they are now, and for anything else that matters."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors")) + sorted(path.rglob("*.json"))
+    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((*more, state)).encode()).hexdigest()[:12]
 
 
 def find_component(path, name):

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 from collections import namedtuple
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProject
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import quick_train  # noqa: E402
 import sample  # noqa: E402
-import shapes  # noqa: E402
 import tiny  # noqa: E402
 import train  # noqa: E402
 
@@ -64,9 +64,9 @@ def train_run():
     """train_run(*arguments) runs train.py on the shipped model: in fp32, small batches and sheets, quick measures."""
     def run(*arguments):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shapes, "measure", partial(shapes.measure, captions=8, samples=2, renders=64, draws=2))
-            patch.setattr(train, "Sheet", partial(train.Sheet, rows=1, seeds=(1,)))
-            patch.setattr(sys, "argv", ["train.py", *"--batch 4 --dtype fp32 --sheet-every 2".split(), *map(str, arguments)])
+            for owner, name, value in quick_train.QUICK:
+                patch.setattr(owner, name, value)
+            patch.setattr(sys, "argv", ["train.py", *quick_train.FLAGS, *map(str, arguments)])
             train.main()
     return run
 

@@ -1,0 +1,171 @@
+"""Many GPUs: one process for each, started by `torchrun --nproc_per_node=N train.py …`. Alone, a process runs the same code.
+
+The global batch stays what was asked for. Every process draws all of its random numbers and takes its own rows, so that a
+decision which all must take alike (who runs how many passes?) needs no message. What is trained in full is sharded block by
+block by FSDP2; what is small (adapters, compensators, heads) every process has whole, and its gradients are averaged.
+States are written by torch.distributed.checkpoint as safetensors, each process its part; any number of processes reads them.
+"""
+
+import os
+import shutil
+import warnings
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as checkpoint
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+import weights
+
+quiet = partial(warnings.catch_warnings, action="ignore", category=UserWarning)  # "torch.distributed is disabled", and so on
+TIMEOUT = timedelta(hours=1)  # of one process waiting for another; torchrun itself ends them all when one dies
+
+
+def start(device):
+    """Join the other processes, if torchrun started this one. Returns its own device."""
+    if "LOCAL_RANK" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group(timeout=TIMEOUT)  # gloo for what is on the CPU, nccl for what is on a GPU
+    return device
+
+
+def stop():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first():
+    """Whether this process is the one that prints and writes."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(text):
+    if is_first():
+        print(text)
+
+
+def wait():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share(things):
+    """This process's part of a list."""
+    return things[dist.get_rank()::processes()] if dist.is_initialized() else things
+
+
+# ------------------------------------------------------------------------------------------------ batch and gradients
+
+def micro_batches(batch, at_once=None):
+    """The rows of the global batch that each pass works on, `at_once` samples in each process; the passes are accumulated.
+
+    Returns [(the rows of this process, the rows of all processes)]; a sorted batch stays sorted, and the rows of one pass lie
+    close together in it. Raises UserError where the batch cannot be divided so.
+    """
+    if batch % processes() or batch // processes() % (at_once or 1):
+        raise weights.UserError(f"a batch of {batch} cannot be shared out among {processes()} processes"
+                                + (f", {at_once} samples at once" if at_once else ""))
+    rows = torch.arange(batch).view(-1, at_once or batch // processes(), processes())
+    own = dist.get_rank() if dist.is_initialized() else 0
+    return [(part[:, own], part.flatten()) for part in rows]
+
+
+def average(tensors):
+    """Replace each tensor by its mean over all processes, in one message."""
+    tensors = list(tensors)
+    if dist.is_initialized() and tensors:
+        flat = torch.cat([tensor.flatten() for tensor in tensors]) / processes()
+        dist.all_reduce(flat)
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def clip_gradients(parameters, max_norm):
+    """Average the gradients that FSDP2 does not, and clip their norm, that of all together. Returns it as it was."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sharded, whole = ([g for g in gradients if isinstance(g, DTensor) == kind] for kind in (True, False))
+    average(whole)
+    norms = [torch.nn.utils.get_total_norm(part) for part in (sharded, whole) if part]
+    norm = torch.stack([full(norm) for norm in norms]).norm()
+    for part in (sharded, whole):
+        if part:
+            torch._foreach_mul_(part, (max_norm / (norm + 1e-6)).clamp(max=1))
+    return norm
+
+
+# ------------------------------------------------------------------------------------------------------ FSDP2
+
+def shard(network, dtype, device):
+    """Share the weights of an MMDiT out among the processes, block by block (FSDP2); alone, only move it to the device.
+
+    A block's weights are gathered, in `dtype`, while it runs; gradients are reduced in fp32.
+    """
+    if not dist.is_initialized():
+        return network.to(device)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (processes(),))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in network.joint_blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # its warning of outputs that are views: nothing here writes into one
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    return fully_shard(network, mesh=mesh, mp_policy=policy)
+
+
+def full(tensor):
+    """All of a tensor, sharded or not. If sharded, all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def fill_whole(network, sharded):
+    """Copy the weights of a sharded network to a plain one of the same shape, on the CPU. All processes must ask."""
+    target = network.state_dict()
+    for name, tensor in sharded.state_dict().items():
+        target[name].copy_(full(tensor.detach()))
+    return network
+
+
+# ------------------------------------------------------------------------------------------------- states of runs
+
+def save(tensors, folder, header):
+    """Write {name: tensor}, sharded or not, and a header (JSON): whole or not at all, in the place of the state before.
+
+    `folder`/state.json holds the header and the name of the subfolder with the tensors, and changes last.
+    """
+    part = folder / f"state-{header['step']:06}"
+    if is_first():
+        shutil.rmtree(part, ignore_errors=True)  # of a run that ended while it wrote
+    wait()
+    with weights.explained(part, "a place for the state of the run"), quiet():
+        checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(str(part), save_distributed=True))
+    if is_first():
+        weights.write_json(folder / "state.json", {**header, "tensors": part.name})
+        for old in folder.glob("state-*"):
+            if old != part:
+                shutil.rmtree(old)
+    wait()
+
+
+def read_header(folder):
+    """What `save` was given as header, or None."""
+    file = folder / "state.json"
+    return weights.read_json(file) if file.exists() else None
+
+
+def load(folder, target):
+    """Fill the tensors of target(names), a function from the names of those that were saved to {name: tensor}."""
+    part = folder / weights.read_json(folder / "state.json")["tensors"]
+    with weights.explained(part, "the state of a run"), quiet():
+        reader = checkpoint.HuggingFaceStorageReader(str(part))
+        tensors = target(reader.read_metadata().state_dict_metadata)
+        checkpoint.load(tensors, storage_reader=reader)
+    return tensors

@@ -1,0 +1,21 @@
+"""train.py on the shipped model with small batches and sheets and quick measures: for tests, and for torchrun."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import shapes  # noqa: E402
+import train  # noqa: E402
+import weights  # noqa: E402
+
+FLAGS = "--batch 4 --dtype fp32 --sheet-every 2".split()
+QUICK = [(shapes, "measure", partial(shapes.measure, captions=8, samples=2, renders=64, draws=2)),
+         (train, "Sheet", partial(train.Sheet, rows=1, seeds=(1,)))]
+
+if __name__ == "__main__":
+    for owner, name, value in QUICK:
+        setattr(owner, name, value)
+    sys.argv[1:1] = FLAGS
+    weights.run_script(train.main)
