@@ -72,15 +72,14 @@ def draw_index(density, start, stop, u):
 def rollout(student, noise, sigmas, k, cond, passes=None):
     """The states x_{σ_k} that the student's own sampling (Sec. 3.2) reaches before step k, a k for each sample.
 
-    A sample goes no further than it must: the pass of step j is for those with k > j. Work for a device is decided on the CPU,
-    where k is; `passes` (default: the largest k) are made whether or not a sample here needs them, since processes that share
-    one network must call it equally often.
-    noise (B, C, H, W), sigmas (n+1,), k int64 (B,), in ascending order, on the CPU, cond = (context, pooled) -> (B, C, H, W).
+    A sample goes no further than it must: the pass of step j is for those with k > j. `passes` (default: the largest k) are
+    made whether or not a sample here needs them, since processes that share one network must call it equally often.
+    noise (B, C, H, W), sigmas (n+1,), k a list of B integers in ascending order, cond = (context, pooled) -> (B, C, H, W).
     """
     x = noise
-    for j in range(int(k.max()) if passes is None else passes):
-        done = int((k <= j).sum())          # these stay as they are
-        first = min(done, len(k) - 1)       # where all are done, one goes along for nothing
+    for j in range(k[-1] if passes is None else passes):
+        done = sum(step <= j for step in k)  # these stay as they are
+        first = min(done, len(k) - 1)        # where all are done, one goes along for nothing
         velocity = student(x[first:], sigmas[j].expand(len(x) - first), *(part[first:] for part in cond))
         x = torch.cat([x[:done], flow.euler_step(x[first:], velocity, sigmas[j], sigmas[j + 1])[done - first:]])
     return x

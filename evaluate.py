@@ -71,6 +71,7 @@ def main():
     two.add_argument("--size", type=image_size, help="H or HxW in pixels (default: the model's own)")
     two.add_argument("--batch", type=positive_int, default=32, help="at which the throughput is measured")
     three = add("ablate", ablate, "re-run the paper's ablations in the tiny world")
+    three.set_defaults(preset="tiny")
     three.add_argument("--only", action="append", choices=ablations.ABLATIONS, help="may be given several times")
     three.add_argument("--seeds", type=positive_int, default=3, help="training runs of each kind: seeds 0, 1, …")
     args = parser.parse_args()

@@ -168,13 +168,18 @@ def fast_bf16(device):
 
 
 def arithmetic(args):
-    """The context in which networks run: autocast, and the attention kernel that is fastest for the device."""
+    """The context in which networks run: autocast, and the attention kernel."""
     stack = contextlib.ExitStack()
     # no cache of weights in bf16: it would hold a second copy of each network, and hide the gradient from what was cached without
     stack.enter_context(torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bf16", cache_enabled=False))
-    if args.device.type == "cpu":  # a short sequence's backward pass takes a third of the time of the flash kernel's
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    stack.enter_context(attention_kernel(args))
     return stack
+
+
+def attention_kernel(args):
+    """On a CPU, a short sequence's backward pass takes a third of the time of the flash kernel's."""
+    short = args.device.type == "cpu" and args.preset == "tiny"
+    return sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext()
 
 
 # --------------------------------------------------------------------------------------------------- the one loop
@@ -269,6 +274,13 @@ def fit(run, update, iterations, sheet=None, sheet_every=None):
                 sheet(run)
 
 
+def backward(args, loss):
+    """Add to the gradients. Returns the loss, without its graph."""
+    with attention_kernel(args):  # for blocks that run again
+        loss.backward()
+    return loss.detach()
+
+
 def descend(optimizer, max_norm, offload=False):
     """One optimiser step along the accumulated gradients. Returns their norm, before it was clipped.
 
@@ -301,20 +313,24 @@ def stage1(args):
     text = open_text(args, prompts)
     mmdit, (student, fake), learned = open_networks(args, args.model, trained=2)
     teacher = load_pipeline(args.model, args.device, mmdit=mmdit, text=text)
-    sigmas, update, optimizers = distribution_matching(args, teacher, student, fake, prompts)
+    sigmas, draw, learn, optimizers = distribution_matching(args, teacher, student, fake, prompts)
     run = Run(args.out, "stage 1", dict(zip(("student", "fake"), learned)), optimizers, settings(args))
 
     distilled = replace(teacher, mmdit=student)
     sampling = {"student": (distilled, {"sigmas": sigmas, "guidance": 1.0}),
                 f"teacher, 28 steps, w = {args.guidance:g}": (teacher, {"steps": 28, "guidance": args.guidance}),
                 f"teacher, {args.steps} steps": (teacher, {"sigmas": sigmas, "guidance": args.guidance})}
-    fit(run, update, args.iterations, Sheet(args, prompts, sampling), args.sheet_every)
+    fit(run, lambda run: learn(draw(seeded(args.seed, run.step))), args.iterations, Sheet(args, prompts, sampling),
+        args.sheet_every)
     save_student(args, args.model, distilled, {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings})
     return sampling
 
 
 def distribution_matching(args, teacher, student, fake, prompts):
-    """What makes Stage I: the student's nodes, one iteration update(run), and the optimisers. `teacher` is a whole pipeline."""
+    """Stage I: the student's nodes, draw(generator) and learn(draws), which make one iteration, and the optimisers.
+
+    teacher is a whole pipeline; student and fake are networks.
+    """
     adamw = partial(torch.optim.AdamW, betas=(0.0, 0.999), weight_decay=1e-4, eps=1e-8, fused=True)
     optimizers = {"student_adamw": adamw(trainable(student), lr=args.student_lr),
                   "fake_adamw": adamw(trainable(fake), lr=args.fake_lr)}
@@ -326,47 +342,48 @@ def distribution_matching(args, teacher, student, fake, prompts):
     uniform, density = dmd.importance_density("uniform"), dmd.importance_density(args.density)
     uncond = teacher.text([""])
 
-    def move(*tensors):
-        return [tensor.to(args.device, non_blocking=True) for tensor in tensors]
-
-    def update(run):
-        """One iteration: for each micro-batch both losses; then both networks move.
-
-        The order is ours: the student's one pass with gradient also gives the sample that the fake score learns from, so the
-        fake score that the student meets has learned from the samples of the iterations before. The released code makes a
-        rollout for each of the two and lets the fake score move first (13 forward passes a sample instead of 11.4).
-        """
-        generator = seeded(args.seed, run.step)
+    def draw(generator):
+        """All that is random in an iteration, on the CPU, where it also decides what runs: a dictionary for each micro-batch."""
         words = draw_prompts(prompts, args.batch, generator)
         k = torch.randint(args.steps, (args.batch,), generator=generator).sort().values  # sorted: micro-batches of one k
         noise = torch.randn(args.batch, *shape, generator=generator)
-        draws = {}  # for the student and for the fake score: a level σ in the window of k, and noise to reach it
-        for name, p in (("student", density), ("fake", uniform)):
+        levels = {}  # of the student's turn and the fake score's: σ in the window of k, and noise to reach it
+        for turn, p in (("student", density), ("fake", uniform)):
             sigma = grid[dmd.draw_index(p, start[k], stop[k], torch.rand(args.batch, generator=generator))]
-            draws[name] = sigma, torch.randn(args.batch, *shape, generator=generator)
+            levels[turn] = sigma, torch.randn(args.batch, *shape, generator=generator)
+        return [{"prompts": [words[row] for row in rows], "k": k[rows].tolist(), "passes": int(k[everyone].max()),
+                 "noise": noise[rows], "step": (nodes[k[rows]], grid[end[k[rows]]]),
+                 "guided": dmd.guided_samples(levels["student"][0][rows], args.alpha, args.guidance),
+                 **{turn: [part[rows] for part in pair] for turn, pair in levels.items()}} for rows, everyone in parts]
+
+    def move(*tensors):
+        return [tensor.to(args.device, non_blocking=True) for tensor in tensors]
+
+    def learn(draws):
+        """One iteration: both losses of each micro-batch; then both networks move.
+
+        The order is ours: the student's one pass with gradient also makes the sample that the fake score learns from, so the
+        fake score that the student meets has learned from the samples of the iterations before. The released code makes a
+        rollout for each of the two and lets the fake score move first: 13 forward passes a sample, here 11.4.
+        """
         losses = {"student": 0, "fake": 0}
-        for rows, everyone in parts:
-            cond = teacher.text([words[i] for i in rows])
-            x, sigma_k, sigma_end, sigma, again, fake_sigma, fake_again, guided = move(
-                noise[rows], nodes[k[rows]], grid[end[k[rows]]], *(draw[rows] for draw in draws["student"]),
-                *(draw[rows] for draw in draws["fake"]),
-                dmd.guided_samples(draws["student"][0][rows], args.alpha, args.guidance))
+        for part in draws:
+            cond, (x, guided) = teacher.text(part["prompts"]), move(part["noise"], part["guided"])
+            step, to_compare, to_learn = (move(*part[name]) for name in ("step", "student", "fake"))
             with arithmetic(args):
-                x = dmd.rollout(student, x, sigmas, k[rows], cond, passes=int(k[everyone].max()))
-                velocity = student(x, sigma_k, *cond)
-                loss = dmd.student_objective(velocity, teacher.mmdit, fake, x, sigma_k, sigma_end, sigma, again, cond, uncond,
-                                             args.guidance, guided) / len(parts)
-            loss.backward()
-            losses["student"] += loss.detach()
+                x = dmd.rollout(student, x, sigmas, part["k"], cond, part["passes"])
+                velocity = student(x, step[0], *cond)
+                loss = dmd.student_objective(velocity, teacher.mmdit, fake, x, *step, *to_compare, cond, uncond, args.guidance,
+                                             guided)
+            losses["student"] += backward(args, loss / len(draws))
             with arithmetic(args):
-                loss = dmd.fake_loss(fake, x, velocity.detach(), sigma_k, sigma_end, fake_sigma, fake_again, cond) / len(parts)
-            loss.backward()
-            losses["fake"] += loss.detach()
+                loss = dmd.fake_loss(fake, x, velocity.detach(), *step, *to_learn, cond)
+            losses["fake"] += backward(args, loss / len(draws))
         norm = descend(optimizers["student_adamw"], CLIP_STUDENT, args.offload)
         descend(optimizers["fake_adamw"], CLIP_FAKE, args.offload)
         return {**losses, "norm": norm}
 
-    return sigmas, update, optimizers
+    return sigmas, draw, learn, optimizers
 
 
 # ------------------------------------------------------------------------------------------------------- stage II
@@ -448,11 +465,11 @@ def stage2(args):
         found = {}
         for i, (rows, _) in enumerate(parts):
             if adversarial:
-                heads.train(i == 0)  # spectral norm goes on by one power iteration an update, however many passes it takes
+                heads.requires_grad_(not generators).train(i == 0)  # spectral norm: one power iteration an update, not a pass
             cond = text([words[row] for row in rows])
             with arithmetic(args):
                 terms = (generator_terms if generators else discriminator_terms)(noise[rows].to(device, non_blocking=True), cond)
-            (sum(terms.values()) / len(parts)).backward()
+            backward(args, sum(terms.values()) / len(parts))
             for name, value in terms.items():
                 found[name] = found.get(name, 0) + value.detach() / len(parts)
         norm = descend(optimizers["generator_adamw" if generators else "discriminator_adamw"], CLIP_STUDENT, args.offload)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -64,7 +64,7 @@ def train_run():
     """train_run(*arguments) runs train.py on the shipped model: in fp32, small batches and sheets, quick measures."""
     def run(*arguments):
         with pytest.MonkeyPatch.context() as patch:
-            for owner, name, value in quick_train.QUICK:
+            for owner, name, value in quick_train.quick():
                 patch.setattr(owner, name, value)
             patch.setattr(sys, "argv", ["train.py", *quick_train.FLAGS, *map(str, arguments)])
             train.main()
@@ -77,6 +77,12 @@ def two_steps(train_run, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "stage1"
     train_run("--stage", 1, "--iterations", 2, "--out", out)
     return out
+
+
+def read_state(run):
+    """The tensors of a run's state, by name; written by one process."""
+    (file,) = (run / json.loads((run / "state.json").read_text())["tensors"]).iterdir()
+    return load_file(file)
 
 
 # --------------------------------------------------------------------------------------------- random pipelines

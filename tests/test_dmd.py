@@ -74,19 +74,23 @@ def constant_model(calls):
     return model
 
 
+UNCOND = torch.full((1, 3, 5), 0.5), torch.zeros(1, 2)
+
+
 def test_guidance_is_on_at_low_noise_only_and_costs_only_there():
     calls, x, sigma = [], torch.zeros(4, 1, 2, 2), torch.tensor([1.0, 0.961, 0.96, 0.1])
-    cond, uncond = ((torch.full((4, 3, 5), value), torch.zeros(4, 2)) for value in (1.0, 0.5))
-    velocity = dmd.gated_velocity(constant_model(calls), x, sigma, cond, uncond, 7.0, 0.96)
+    cond, guided = (torch.ones(4, 3, 5), torch.zeros(4, 2)), dmd.guided_samples(sigma, alpha=0.96, guidance=7.0)
+    velocity = dmd.gated_velocity(constant_model(calls), x, sigma, cond, UNCOND, 7.0, guided)
     assert velocity[:, 0, 0, 0].tolist() == [1.0, 1.0, 0.5 + 7 * 0.5, 0.5 + 7 * 0.5]  # σ = α is guided
-    assert sum(calls) == 4 + 2
+    assert calls == [4 + 2]  # one call, whoever is guided: processes that share the network must call it alike
 
 
 @pytest.mark.parametrize("guidance, alpha, passes", [(7.0, 1.0, 8), (7.0, 0.05, 4), (1.0, 1.0, 4)])
 def test_no_unconditional_pass_where_none_is_needed(guidance, alpha, passes):
-    calls, cond = [], (torch.ones(4, 3, 5), torch.zeros(4, 2))
-    dmd.gated_velocity(constant_model(calls), torch.zeros(4, 1, 2, 2), torch.linspace(0.1, 1, 4), cond, cond, guidance, alpha)
-    assert sum(calls) == passes
+    calls, cond, sigma = [], (torch.ones(4, 3, 5), torch.zeros(4, 2)), torch.linspace(0.1, 1, 4)
+    guided = dmd.guided_samples(sigma, alpha, guidance)
+    velocity = dmd.gated_velocity(constant_model(calls), torch.zeros(4, 1, 2, 2), sigma, cond, UNCOND, guidance, guided)
+    assert calls == [passes] and (velocity == 1).all() == (passes == 4)
 
 
 def test_fake_target_at_the_last_step_is_noise_minus_sample():
@@ -105,14 +109,28 @@ def test_fake_target_leads_back_to_the_clean_estimate_of_an_earlier_step():
     assert torch.allclose(flow.velocity_to_x0(z, target, sigma), x - v, atol=1e-4)
 
 
-def test_rollout_passes_through_the_states_that_sampling_passes_through():
-    noise, sigmas = torch.randn(5, 1, 2, 2), flow.student_sigmas(4, 3.0)
+def counting_gaussian(calls):
     def model(x, s, context, pooled):
+        calls.append(len(x))
         return gaussian_velocity(x, s, 1.0, 0.5)
+    return model
 
-    states, velocities = dmd.rollout(model, noise, sigmas, (None, None))
-    last = flow.euler_step(states[-1], velocities[-1], sigmas[-2], sigmas[-1])
-    assert torch.equal(last, flow.sample(model, noise, sigmas, (None, None))) and states.shape == velocities.shape
+
+def test_rollout_stops_each_sample_at_its_step_on_the_way_that_sampling_goes():
+    noise, sigmas, k, calls = torch.randn(6, 1, 2, 2), flow.student_sigmas(4, 3.0), [0, 0, 1, 1, 2, 3], []
+    cond = torch.zeros(6, 1, 1), torch.zeros(6, 1)
+    states = dmd.rollout(counting_gaussian(calls), noise, sigmas, k, cond)
+    assert calls == [4, 2, 1]  # step j runs for the samples with k > j
+    for i in range(6):
+        expected = flow.sample(counting_gaussian([]), noise[i:i + 1], sigmas[:k[i] + 1], cond)
+        assert torch.allclose(states[i:i + 1], expected, atol=1e-6)
+
+
+def test_rollout_makes_the_passes_that_other_processes_need_and_changes_nothing_by_it():
+    noise, sigmas, k, calls = torch.randn(3, 1, 2, 2), flow.student_sigmas(2, 3.0), [0, 0, 0], []
+    cond = torch.zeros(3, 1, 1), torch.zeros(3, 1)
+    assert torch.equal(dmd.rollout(counting_gaussian(calls), noise, sigmas, k, cond, passes=1), noise) and calls == [1]
+    assert torch.equal(dmd.rollout(counting_gaussian(calls), noise, sigmas, k, cond), noise) and calls == [1]
 
 
 # ------------------------------------------------------------------------------------------------------------ loss
@@ -145,7 +163,9 @@ def test_gradient_reaches_the_student_and_nothing_else():
     student, teacher, fake = ((lambda x, s, c, p, net=net: net(x)) for net in networks)
     cond, s = (torch.zeros(2, 1, 1), torch.zeros(2, 1)), torch.tensor([0.9, 0.5])
     x, noise = torch.randn(2, 2, 1, 2, 2)
-    dmd.student_objective(student, teacher, fake, x, torch.ones(2), torch.zeros(2), s, noise, cond, cond, 2.0, 1.0).backward()
+    velocity, uncond = student(x, torch.ones(2), *cond), [part[:1] for part in cond]
+    dmd.student_objective(velocity, teacher, fake, x, torch.ones(2), torch.zeros(2), s, noise, cond, uncond, 2.0,
+                          torch.arange(2)).backward()
     assert networks[0].weight.grad is not None and networks[1].weight.grad is None and networks[2].weight.grad is None
 
 
@@ -155,7 +175,7 @@ def test_distribution_matching_moves_a_students_mean_to_the_teachers(steps):
     def gaussian(mean):
         return lambda x, s, c, p: gaussian_velocity(x, s, mean, 1.0)
 
-    m, means, rows = torch.tensor(0.0, requires_grad=True), [], torch.arange(64)
+    m, means, nobody = torch.tensor(0.0, requires_grad=True), [], torch.zeros(0, dtype=torch.int64)
     generator, cond = torch.Generator().manual_seed(0), (torch.zeros(64, 1, 1), torch.zeros(64, 1))
     start, stop, end = dmd.step_windows(steps, 3.0)
     grid, density = flow.teacher_grid(3.0), dmd.importance_density("uniform")
@@ -163,11 +183,11 @@ def test_distribution_matching_moves_a_students_mean_to_the_teachers(steps):
     for _ in range(200):
         noise, again = torch.randn(2, 64, 1, 8, 8, generator=generator)
         now = gaussian(m.detach())
-        states, _ = dmd.rollout(now, noise, flow.student_sigmas(steps, 3.0), cond)
-        k = torch.randint(steps, (64,), generator=generator)
+        k = torch.randint(steps, (64,), generator=generator).sort().values
+        x = dmd.rollout(now, noise, flow.student_sigmas(steps, 3.0), k.tolist(), cond)
         sigma = grid[dmd.draw_index(density, start[k], stop[k], torch.rand(64, generator=generator))]
-        loss = dmd.student_objective(gaussian(m), gaussian(2.0), now, states[k, rows], grid[start[k]], grid[end[k]], sigma,
-                                     again, cond, cond, guidance=1.0, alpha=1.0)
+        loss = dmd.student_objective(gaussian(m)(x, grid[start[k]], *cond), gaussian(2.0), now, x, grid[start[k]], grid[end[k]],
+                                     sigma, again, cond, [part[:1] for part in cond], guidance=1.0, guided=nobody)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
