@@ -106,12 +106,12 @@ def clip_gradients(parameters, max_norm):
 # ------------------------------------------------------------------------------------------------------ FSDP2
 
 def shard(network, dtype, device):
-    """Share the weights of an MMDiT out among the processes, block by block (FSDP2); alone, only move it to the device.
+    """Share the weights of an MMDiT out among the processes, block by block (FSDP2); alone, leave it as it is.
 
     A block's weights are gathered, in `dtype`, while it runs; gradients are reduced in fp32.
     """
     if not dist.is_initialized():
-        return network.to(device)
+        return network
     mesh = dist.device_mesh.init_device_mesh(device.type, (processes(),))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in network.joint_blocks:

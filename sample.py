@@ -3,13 +3,15 @@
     python sample.py --prompt "a striped red circle on a gray background"
 
 Works on any SD3: Stability's single files, diffusers folders, Hugging Face repositories, the tiny SD3 (the default), and
-students made by train.py, which carry their own noise levels and step count in their files.
+students made by train.py, which carry their own noise levels and step count in their files. `--export` writes any of them in
+another layout.
 """
 
 import argparse
 import json
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +23,12 @@ import flow
 import weights
 from cache import Cache, check_ranges, load_cache, parse_ranges, save_cache
 from mmdit import MMDiT, load_mmdit, save_mmdit
-from text import TextEncoders, load_text_encoders, read_prompts, save_text_encoders
+from text import TextEncoders, load_text_encoders, read_prompts, save_text_encoders, save_tokenizers, single_file_tensors
 from vae import VAE, load_vae, save_vae
 
 TINY = Path(__file__).parent / "tiny-sd3"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HEADER = ("sigmas", "guidance", "training")  # what a model's tensor file says beside the tensors
 LATENTS_AT_ONCE = 4 * 128 * 128  # positions a batch: 4 images of 1024²
 
 
@@ -48,9 +51,14 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--out", default="samples", help="FILE.png, or a folder (default: samples)")
+    parser.add_argument("--export", metavar="PATH", help="draw nothing, but write the model: to FILE.safetensors in Stability's "
+                        "single-file layout (for ComfyUI), or to a folder in diffusers'")
     parser.add_argument("--latents", help="also save the final latents, to this .safetensors file")
     args = parser.parse_args()
 
+    if args.export:
+        export(args)
+        return
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise weights.UserError("nothing to draw: give --prompt TEXT or --prompts FILE")
@@ -72,6 +80,21 @@ def main():
                                   {"prompts": json.dumps([p for p, _ in jobs]), "seeds": json.dumps([s for _, s in jobs])})
     for path in write_images(images, out, jobs, columns=args.count):
         print(path)
+
+
+def export(args):
+    """Write the model in the layout that the name asks for."""
+    path = Path(args.export)
+    single = path.suffix == ".safetensors"
+    weights.check_writable(path if single else path / "model_index.json")
+    if path.exists() and (single or any(path.iterdir())):
+        raise weights.UserError(f"{path}: is there already")
+    pipeline = load_pipeline(args.model, dtype=DTYPES[args.dtype or "fp32"])
+    if single and pipeline.cache is not None:
+        print("note: a single file has no place for the compensator; other programs run all blocks in every step", file=sys.stderr)
+    header = {name: pipeline.mmdit.settings[name] for name in HEADER if name in pipeline.mmdit.settings}
+    (save_single_file if single else save_pipeline)(pipeline, path, header)
+    print(path)
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -170,7 +193,7 @@ class Pipeline:
 
     def latent_shape(self, size=None):
         """(C, h, w) of the latents of an image of `size` (H, W), by default the model's own."""
-        side = self.mmdit.settings.get("sample_size", min(128, self.mmdit.patch * self.mmdit.pos_max))
+        side = int(self.mmdit.settings.get("sample_size", min(128, self.mmdit.patch * self.mmdit.pos_max)))
         h, w = (pixels // self.vae.factor for pixels in size) if size else (side, side)
         self.mmdit.grid_size(h, w)
         return self.mmdit.channels, h, w
@@ -181,9 +204,10 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, mmdit=None, text=None
     path = weights.find_model(path)
     scheduler = path / "scheduler" / "scheduler_config.json"
     with weights.explained(scheduler, "a scheduler's settings"):
-        shift = float(weights.read_json(scheduler).get("shift", 3.0)) if scheduler.exists() else 3.0
+        shift = float(weights.read_json(scheduler).get("shift", 3.0)) if scheduler.exists() else None
     mmdit = load_mmdit(path, device, dtype) if mmdit is None else mmdit
     text = load_text_encoders(path, device, dtype) if text is None else text
+    shift = shift or float(mmdit.settings.get("shift", 3.0))  # of a folder, or as the header of a single file says
     return Pipeline(mmdit, load_vae(path, device, dtype), text, shift, load_cache(path, mmdit, device, dtype))
 
 
@@ -237,6 +261,23 @@ def save_pipeline(pipeline, folder, metadata=None, dtype=None):
         "text_encoder_3": ["transformers", "T5EncoderModel"] if t5 else [None, None],
         "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
         "tokenizer_3": ["transformers", "T5TokenizerFast"] if t5 else [None, None]})
+
+
+def save_single_file(pipeline, file, metadata=None):
+    """Write all of an SD3 as one file in Stability's layout, text encoders included, and the tokenizers beside it.
+
+    The layout has no place for settings: what is not SD3's own goes into the header, for load_pipeline. A block cache's
+    compensator is left out.
+    """
+    file, vae = Path(file), pipeline.vae
+    parts = {weights.PREFIXES["transformer"]: pipeline.mmdit.state_dict(), weights.PREFIXES["vae"]: vae.state_dict(),
+             weights.TEXT_PREFIX: single_file_tensors(pipeline.text)}
+    tensors = {prefix + name: tensor.detach().cpu().contiguous() for prefix, part in parts.items() for name, tensor in part.items()}
+    projection = pipeline.text.clip_l.text_projection.weight  # the identity in SD3, not in the tiny SD3
+    said = {"clip_l_projected": not torch.equal(projection, torch.eye(*projection.shape).to(projection)), "shift": pipeline.shift, "sample_size": pipeline.latent_shape()[1], "scaling_factor": vae.scale,
+            "shift_factor": vae.shift, "norm_num_groups": vae.encoder.norm_out.num_groups}
+    weights.write_safetensors(file, tensors, {**{name: str(value) for name, value in said.items()}, **(metadata or {})})
+    save_tokenizers(pipeline.text, file.parent)
 
 
 @torch.no_grad()

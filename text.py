@@ -217,13 +217,14 @@ def load_from_file(path, dtype, t5):
         for name in ("clip_l", "clip_g", "t5xxl"):
             prefix = f"{weights.TEXT_PREFIX}{name}.transformer."
             states[name] = {n.removeprefix(prefix): file.get_tensor(n) for n in file.keys() if n.startswith(prefix)}
+        projected = (file.metadata() or {}).get("clip_l_projected") == "True"
         width = [file.get_slice(n).get_shape()[1] for n in file.keys() if n.endswith("context_embedder.weight")]
     if not states["clip_l"] or not states["clip_g"]:
         raise weights.UserError(f"{path}: holds no text encoders; use a file that includes them, or a diffusers folder")
     folder = path.parent
     tokenizers = [load_tokenizer(folder, "tokenizer"), load_tokenizer(folder, "tokenizer_2"), None]
-    # CLIP-L's pooled state is used unprojected, whatever projection the file carries
-    states["clip_l"]["text_projection.weight"] = torch.eye(states["clip_l"]["text_model.final_layer_norm.weight"].numel())
+    if not projected:  # CLIP-L's pooled state is used as it is, whatever projection a published file carries
+        states["clip_l"]["text_projection.weight"] = torch.eye(states["clip_l"]["text_model.final_layer_norm.weight"].numel())
     clip_l = fill_encoder(CLIPTextModelWithProjection, clip_config(states["clip_l"], tokenizers[0], "quick_gelu"),
                           states["clip_l"], path, dtype)
     clip_g = fill_encoder(CLIPTextModelWithProjection, clip_config(states["clip_g"], tokenizers[1], "gelu"),
@@ -283,10 +284,23 @@ def checked(model, report, path):
 
 # -------------------------------------------------------------------------------------------------------- save
 
+def single_file_tensors(text):
+    """The encoders' tensors under the names of Stability's single file, without its prefix."""
+    models = {"clip_l": text.clip_l, "clip_g": text.clip_g, "t5xxl": text.t5}
+    return {f"{name}.transformer.{key}": tensor for name, model in models.items() if model is not None
+            for key, tensor in model.state_dict().items() if key != "encoder.embed_tokens.weight"}  # `shared.weight` again
+
+
+def save_tokenizers(text, folder):
+    for tokenizer, name in zip(text.tokenizers, ENCODERS.values()):
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / name)
+
+
 def save_text_encoders(text, folder):
     """Write the encoders and tokenizers in the diffusers layout, `folder`/text_encoder, `folder`/tokenizer, …"""
     silence_transformers()
-    for model, tokenizer, (name, tokenizer_name) in zip((text.clip_l, text.clip_g, text.t5), text.tokenizers, ENCODERS.items()):
+    for model, name in zip((text.clip_l, text.clip_g, text.t5), ENCODERS):
         if model is not None:
             model.save_pretrained(folder / name)
-            tokenizer.save_pretrained(folder / tokenizer_name)
+    save_tokenizers(text, folder)

@@ -153,19 +153,20 @@ def group_norm(groups, width):
 def load_vae(path, device="cpu", dtype=torch.float32):
     """The autoencoder of a Stability file, a diffusers folder, its `vae/`, or a Hugging Face repository id.
 
-    Sizes are read off the tensors; the number of groups, scale and shift off `config.json` where there is one. Raises
-    UserError as mmdit.load_mmdit does.
+    Sizes are read off the tensors; the number of groups, scale and shift off `config.json` or the header of a single file,
+    where they say. Raises UserError as mmdit.load_mmdit does.
     """
     source = weights.NetworkFiles(path, "vae")
+    said = {**source.metadata, **source.config}
     levels = source.count("encoder.down.{}.block.0.conv1.weight")
     with torch.device("meta"), weights.explained(source.path, "an SD3 autoencoder"):  # sizes may make no sense
         model = VAE(
             widths=[source.shape(f"encoder.down.{i}.block.0.conv2.weight")[0] for i in range(levels)],
             layers=source.count("encoder.down.0.block.{}.conv1.weight"),
             channels=source.shape("decoder.conv_in.weight")[1],
-            groups=source.config.get("norm_num_groups", 32),
-            scale=source.config.get("scaling_factor", 1.5305),
-            shift=source.config.get("shift_factor", 0.0609))
+            groups=int(said.get("norm_num_groups", 32)),
+            scale=float(said.get("scaling_factor", 1.5305)),
+            shift=float(said.get("shift_factor", 0.0609)))
     return weights.fill(model, source, device, dtype).requires_grad_(False).eval()
 
 
