@@ -2,17 +2,21 @@
 
     python evaluate.py quality --model runs/stage2 --against runs/stage1 tiny-sd3@steps=4,guidance=2
     python evaluate.py speed
+    python evaluate.py memory
     python evaluate.py ablate
 
 A model is a file, a folder or a Hugging Face id; PATH@steps=4,guidance=2,shift=3,cache=1-4 says how it is sampled.
 """
 
+import argparse
+import contextlib
 import hashlib
 import math
 import multiprocessing
 import platform
 import statistics
 import time
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -21,6 +25,11 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
@@ -32,7 +41,7 @@ import shapes
 import tiny
 import train
 import weights
-from cache import effective_nfe, new_cache, sampling_flops
+from cache import effective_nfe, forward_flops, new_cache, sampling_flops
 from mmdit import MMDiT
 from sample import (DTYPES, LATENTS_AT_ONCE, TINY, CommandLine, Pipeline, decode, find_device, generate, image_size, open_model,
                     picture_bytes, positive_int, split_model, to_picture, write_picture)
@@ -70,6 +79,11 @@ def main():
     two.add_argument("--depth", type=positive_int, help="so many blocks of it and of each text encoder, for a small machine")
     two.add_argument("--size", type=image_size, help="H or HxW in pixels (default: the model's own)")
     two.add_argument("--batch", type=positive_int, default=32, help="at which the throughput is measured")
+    four = add("memory", memory, "what an iteration of Stage I takes at official sizes, all weights trained or adapters")
+    four.add_argument("--preset", choices=SIZES, action="append", help="may be given several times (default: all)")
+    four.add_argument("--at-once", type=positive_int, default=1, help="samples that the device works on at once")
+    four.add_argument("--depth", type=positive_int, help="so many blocks of it, for a small machine")
+    four.add_argument("--size", type=image_size, default=(1024, 1024), help="H or HxW in pixels (default: 1024)")
     three = add("ablate", ablate, "re-run the paper's ablations in the tiny world")
     three.set_defaults(preset="tiny")
     three.add_argument("--only", action="append", choices=ablations.ABLATIONS, help="may be given several times")
@@ -450,9 +464,8 @@ def random_pipeline(preset, depth, device, dtype):
              for tokenizer, (width, layers, heads, activation) in zip(tokenizers, CLIPS.values())]
     t5 = build(T5EncoderModel, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=text_depth(24),
                feed_forward_proj="gated-gelu")
-    blocks, more = SIZES[preset]
     with torch.device("meta"):
-        mmdit = MMDiT(depth=depth or blocks, width=64 * blocks, heads=blocks, context_dim=4096, pooled_dim=2048, **more)
+        mmdit = new_mmdit(preset, depth)
         vae = VAE()
     for network in (mmdit, vae):
         network.to(dtype).to_empty(device=device)
@@ -471,6 +484,146 @@ def cached_share(preset, blocks):
     count = max(1, round((last - first + 1) * blocks / whole))
     first = min(first, blocks - count)
     return [(first, first + count - 1)]
+
+
+# --------------------------------------------------------------------------------------------------------- memory
+
+MODES = {"all weights": [], "all weights, --offload": ["--offload"], "--lora 64": ["--lora", "64"]}
+
+
+def memory(args):
+    """Peak memory and work of an iteration of Stage I (train.distribution_matching), with random weights of official sizes.
+
+    On a GPU it runs and is timed. On a CPU nothing is computed: the same code goes over fake tensors, and what it would hold
+    and multiply is counted.
+    """
+    lines = ["| preset | what is trained | peak memory, GB | F a sample | PFLOP an iteration | s an iteration | hours |",
+             "|" + "---|" * 7]
+    for preset in args.preset or SIZES:
+        for name, flags in MODES.items():
+            settings = train.parse_arguments(["--stage", "1", "--preset", preset, "--device", str(args.device), "--dtype", "bf16",
+                                              "--at-once", str(args.at_once), "--out", str(args.out / "run"), *flags])
+            if args.device.type == "cuda":
+                peak, seconds = run_iterations(args, settings)
+            else:
+                peak, seconds = count_memory(args, settings), 0
+            flops, hours = count_flops(args, settings), seconds * settings.iterations / 3600
+            with torch.device("meta"):
+                one = forward_flops(new_mmdit(preset, args.depth), args.size[0] // 8, args.size[1] // 8, TOKENS)
+            row = [preset, name, f"{peak / 1e9:.1f}" if peak else "does not fit", f"{flops / settings.batch / one:.2f}", f"{flops / 1e15:.2f}",
+                   *(f"{x:.3g}" if x else "unmeasured" for x in (seconds, hours))]
+            lines.append(f"| {' | '.join(row)} |")
+            weights.write_text(args.out / "memory.md", "\n".join(lines) + "\n")
+            print(lines[-1])
+    text = (f"random weights{f', {args.depth} blocks deep' if args.depth else ''}, {args.size[0]}×{args.size[1]}, a batch of "
+            f"{settings.batch}, {args.at_once} at once, bf16; hours for {settings.iterations} iterations; memory "
+            + ("as torch's allocator measured it; " if args.device.type == "cuda" else
+               "of all tensors at their peak, counted, not measured: what the allocator and the kernels need comes on top; ")
+            + f"{machine(args.device)}.\n")
+    weights.write_text(args.out / "memory.md", "\n".join([*lines, "", text]))
+    print("\n" + "\n".join([*lines, "", text]))
+
+
+TOKENS = 77 + 256
+
+
+def new_mmdit(preset, depth):
+    blocks, more = SIZES[preset]
+    return MMDiT(depth=depth or blocks, width=64 * blocks, heads=blocks, context_dim=4096, pooled_dim=2048, **more)
+
+
+def random_networks(args, settings):
+    """A pipeline, student and fake score of true size; what is random in them does not matter."""
+    def load(device, dtype):
+        with torch.device(device), default_dtype(dtype):
+            network = new_mmdit(settings.preset, args.depth).requires_grad_(False)
+        network.settings["sample_size"] = args.size[0] // 8
+        return network
+
+    def text(prompts):  # encoded beforehand
+        shapes = (len(prompts), TOKENS, 4096), (len(prompts), 2048)
+        return [torch.zeros(shape, dtype=torch.bfloat16, device=settings.device) for shape in shapes]
+
+    frozen, (student, fake), _ = train.open_networks(settings, load, trained=2)
+    with torch.device(settings.device):
+        return Pipeline(frozen, VAE().requires_grad_(False), text), student, fake
+
+
+def run_iterations(args, settings):
+    """Bytes at the peak, and seconds of an iteration; zeros where memory does not suffice."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(args.device)
+    try:
+        _, draw, learn, _ = train.distribution_matching(settings, *random_networks(args, settings), ["a prompt"])
+        seconds = clock({"iteration": lambda: learn(draw(train.seeded(0, 0)))}, args.device, rounds=3)["iteration"]
+    except torch.OutOfMemoryError:
+        return 0, 0
+    return torch.cuda.max_memory_allocated(args.device), statistics.median(seconds)
+
+
+def count_iterations(args, settings, counter):
+    """Two iterations over fake tensors: nothing is computed, but `counter` sees every operation."""
+    settings = argparse.Namespace(**{**vars(settings), "device": torch.device("cpu"), "offload": settings.offload and "meta"})
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, counter:
+        networks = random_networks(args, settings)
+    _, draw, learn, _ = train.distribution_matching(settings, *networks, ["a prompt"])
+    draws = [draw(train.seeded(0, i)) for i in range(2)]
+    with fake, counter:
+        for part in draws:
+            learn(part)
+
+
+def count_memory(args, settings):
+    """Bytes of all tensors that are there at once, at their peak, with two micro-batches an iteration."""
+    memory = PeakMemory()
+    count_iterations(args, argparse.Namespace(**{**vars(settings), "batch": 2 * settings.at_once}), memory)
+    return memory.peak
+
+
+def count_flops(args, settings):
+    """Floating-point operations of an iteration, the mean of two."""
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH):  # the one whose products torch counts on a CPU
+        count_iterations(args, argparse.Namespace(**{**vars(settings), "at_once": None}), counter)
+    return counter.get_total_flops() / 2
+
+
+class PeakMemory(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.add(tensor.untyped_storage())
+        return out
+
+    def add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.remove, key, size)
+
+    def remove(self, key, size):
+        self.known.remove(key)
+        self.now -= size
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 # ------------------------------------------------------------------------------------------------------ ablations

@@ -120,7 +120,8 @@ def parse_arguments(words=None):
                              "official sizes: 1)")
     memory.add_argument("--recompute", action=argparse.BooleanOptionalAction,
                         help="run each block again for its backward pass (default: for official sizes)")
-    memory.add_argument("--offload", action="store_true", help="keep optimiser states in the CPU's memory between updates")
+    memory.add_argument("--offload", action="store_const", const="cpu",
+                        help="keep optimiser states in the CPU's memory between updates")
     memory.add_argument("--compile", action="store_true", help="torch.compile the transformer blocks")
     memory.add_argument("--text-cache", default="runs/text", metavar="DIR",
                         help="where the encoded prompts of official models go (default: runs/text)")
@@ -281,10 +282,10 @@ def backward(args, loss):
     return loss.detach()
 
 
-def descend(optimizer, max_norm, offload=False):
+def descend(optimizer, max_norm, offload=None):
     """One optimiser step along the accumulated gradients. Returns their norm, before it was clipped.
 
-    offload: between steps, the optimiser's states wait in the CPU's memory.
+    offload: the device where the optimiser's states wait between steps.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = parallel.clip_gradients(parameters, max_norm)
@@ -292,7 +293,7 @@ def descend(optimizer, max_norm, offload=False):
         move_states(optimizer, parameters[0].device)
     optimizer.step()
     if offload:
-        move_states(optimizer, "cpu")
+        move_states(optimizer, offload)
     optimizer.zero_grad()
     return norm
 
@@ -311,7 +312,7 @@ def stage1(args):
     """
     prompts = prompts_to_draw(args)
     text = open_text(args, prompts)
-    mmdit, (student, fake), learned = open_networks(args, args.model, trained=2)
+    mmdit, (student, fake), learned = open_networks(args, partial(load_mmdit, args.model), trained=2)
     teacher = load_pipeline(args.model, args.device, mmdit=mmdit, text=text)
     sigmas, draw, learn, optimizers = distribution_matching(args, teacher, student, fake, prompts)
     run = Run(args.out, "stage 1", dict(zip(("student", "fake"), learned)), optimizers, settings(args))
@@ -393,7 +394,7 @@ def stage2(args):
     prompts = prompts_to_draw(args)
     path = find_student(args)
     text = open_text(args, prompts)
-    mmdit, (student,), (learned,) = open_networks(args, path, trained=1)
+    mmdit, (student,), (learned,) = open_networks(args, partial(load_mmdit, path), trained=1)
     initial = load_pipeline(path, args.device, mmdit=mmdit, text=text)
     if initial.carried("sigmas") is None:
         raise weights.UserError(f"{path}: no student of Stage I, since it carries no noise levels of its own")
@@ -517,7 +518,7 @@ def load_reference(args, student):
     The teacher needs many more passes for an image: that is said, with the way out.
     """
     path = weights.find_model(args.reference or (REFERENCE_RUN if is_finished(REFERENCE_RUN) else args.model))
-    mmdit = frozen_network(args, path)
+    mmdit = frozen_network(args, partial(load_mmdit, path))
     sizes, own = ({name: tensor.shape for name, tensor in network.state_dict().items()} for network in (mmdit, student.mmdit))
     if sizes != own:
         raise weights.UserError(f"{path}: a reference of another architecture than the student's")
@@ -536,19 +537,19 @@ def is_finished(folder):
 
 # --------------------------------------------------------------------------------------------- what the stages share
 
-def open_networks(args, path, trained):
-    """The network at `path` as it is, `trained` copies that learn, and what of each of them is trained, as modules.
+def open_networks(args, load, trained):
+    """The network of load(device, dtype) as it is, `trained` copies that learn, and what of each of them is trained, as modules.
 
     All weights are trained: so many networks beside the frozen one, shared out if there are many processes. With adapters
     (--lora): one frozen network that all share, which every process has whole, and a set of adapters for each.
     """
     if args.lora:
-        frozen = load_mmdit(path, args.device, DTYPES[args.dtype])
+        frozen = load(args.device, DTYPES[args.dtype])
         torch.manual_seed(args.seed)  # for the adapters' initial weights alone
         networks, learning = zip(*(add_lora(frozen, args.lora) for _ in range(trained)))
     else:
-        networks = learning = [trainable_network(args, path) for _ in range(trained)]
-        frozen = frozen_network(args, path)
+        networks = learning = [trainable_network(args, load) for _ in range(trained)]
+        frozen = frozen_network(args, load)
     for network in networks:
         network.recompute = bool(args.recompute)
         for block in network.joint_blocks if args.compile else ():
@@ -556,16 +557,16 @@ def open_networks(args, path, trained):
     return frozen, networks, learning
 
 
-def trainable_network(args, path):
+def trainable_network(args, load):
     """A network whose weights are all trained, in fp32, but for the stored table of positions."""
-    network = load_mmdit(path, home(args)).train().requires_grad_(True)
+    network = load(home(args), torch.float32).train().requires_grad_(True)
     network.pos_embed.requires_grad_(False)
     return parallel.shard(network, DTYPES[args.dtype], args.device)
 
 
-def frozen_network(args, path):
+def frozen_network(args, load):
     """A network that is only run, in the dtype of the arithmetic: bf16 is what autocast would make of its weights."""
-    return parallel.shard(load_mmdit(path, home(args), DTYPES[args.dtype]), DTYPES[args.dtype], args.device)
+    return parallel.shard(load(home(args), DTYPES[args.dtype]), DTYPES[args.dtype], args.device)
 
 
 def home(args):
