@@ -1,4 +1,7 @@
-"""train.py on the shipped model with small batches and sheets and quick measures: for tests, and for torchrun."""
+"""train.py on the shipped model with small batches and sheets and quick measures: for tests, and for torchrun.
+
+With --bare as first argument: without sheets and measures.
+"""
 
 import sys
 from functools import partial
@@ -19,8 +22,12 @@ def quick():
             (train, "Sheet", partial(train.Sheet, rows=1, seeds=(1,)))]
 
 
+def bare():
+    return [(train, "Sheet", lambda *args: None), (train, "report", lambda *args: None)]
+
+
 if __name__ == "__main__":
-    for owner, name, value in quick():
+    for owner, name, value in bare() if sys.argv[1] == "--bare" else quick():
         setattr(owner, name, value)
-    sys.argv[1:1] = FLAGS
+    sys.argv[1:] = FLAGS + [word for word in sys.argv[1:] if word != "--bare"]
     weights.run_script(train.main)

@@ -1,0 +1,126 @@
+"""Many processes: what two of them train is what one trains on the same batch; a state fits any number; a death ends all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+import parallel
+import quick_train
+import sample
+import train
+import weights
+
+FULL = "--stage 1 --iterations 2".split()
+ADAPTERS = "--stage 1 --iterations 2 --lora 2".split()
+REFINED = "--stage 2 --iterations 4 --objective adv+kd --lora 2 --warmup 0 --turns 1".split()
+
+
+def torchrun(*arguments, wait=True):
+    """Two processes of quick_train.py."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
+               "--rdzv-endpoint=localhost:0", quick_train.__file__, "--bare", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if wait:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    return process
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """alone(*arguments): the same in this process."""
+    def run(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name, value in quick_train.bare():
+                patch.setattr(owner, name, value)
+            patch.setattr(sys, "argv", ["train.py", *quick_train.FLAGS, *map(str, arguments)])
+            train.main()
+    return run
+
+
+@pytest.fixture(scope="module")
+def pairs(alone, two_steps, tmp_path_factory):
+    """Two folders, {what: run}: by one process with two samples at once, by two processes with one each."""
+    folder = tmp_path_factory.mktemp("parallel")
+    for name, flags in {"full": FULL, "adapters": ADAPTERS, "refined": REFINED}.items():
+        flags = flags + (["--student", two_steps, "--reference", two_steps] if name == "refined" else [])
+        alone(*flags, "--at-once", 2, "--out", folder / "one" / name)
+        torchrun(*flags, "--at-once", 1, "--out", folder / "two" / name)
+    return folder
+
+
+def losses(run):
+    """What the log says last."""
+    return {name: value for name, value in json.loads((run / "log.jsonl").read_text().splitlines()[-1]).items() if name != "run"}
+
+
+def tensors(run):
+    """All tensors of a state, whoever wrote which part of them."""
+    reader = HuggingFaceStorageReader(str(run / json.loads((run / "state.json").read_text())["tensors"]))
+    found = {name: torch.zeros(meta.size, dtype=meta.properties.dtype)
+             for name, meta in reader.read_metadata().state_dict_metadata.items()}
+    with parallel.quiet():
+        load(found, storage_reader=reader)
+    return found
+
+
+@pytest.mark.parametrize("what", ["full", "adapters", "refined"])
+def test_two_processes_train_what_one_trains_on_the_same_batch(pairs, what):
+    one, two = pairs / "one" / what, pairs / "two" / what
+    assert losses(one) == pytest.approx(losses(two), rel=1e-4)
+    one, two = tensors(one), tensors(two)
+    assert one.keys() == two.keys()
+    for name in one:
+        if name.endswith("exp_avg_sq"):  # of the gradients, to rounding; the first updates of Adam are their signs
+            assert torch.allclose(one[name], two[name], rtol=2e-3, atol=1e-4 * one[name].max().item()), name
+        elif not name.endswith(("step", "exp_avg")):
+            assert (one[name] - two[name]).abs().mean() < 1e-5, name  # a tenth of one update
+
+
+def test_the_student_of_two_processes_is_whole_and_opens_like_any_other(pairs):
+    one, two = (load_file(pairs / n / "full/transformer/diffusion_pytorch_model.safetensors") for n in ("one", "two"))
+    assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in two.items()}
+    assert sample.load_pipeline(pairs / "two" / "full").sigmas().tolist() == [1, 0.75, 0]
+
+
+def test_a_state_of_two_processes_goes_on_in_one(pairs, alone, tmp_path):
+    out = tmp_path / "out"
+    torchrun("--stage", 1, "--iterations", 1, "--out", out)
+    assert len(list((out / "state-000001").iterdir())) == 2
+    alone(*FULL, "--out", out, "--resume")
+    assert losses(out) == pytest.approx(losses(pairs / "one" / "full"), rel=1e-4)
+
+
+def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):
+    out = tmp_path / "out"
+    process = torchrun("--stage", 1, "--iterations", 1000, "--out", out, wait=False)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():  # it trains
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        os.kill(children[-1], signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+    finally:
+        process.kill()
+
+
+def test_the_batch_is_shared_out_whole_and_stays_in_order():
+    parts = parallel.micro_batches(8, at_once=2)
+    assert [own.tolist() for own, _ in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert torch.equal(torch.cat([everyone for _, everyone in parts]), torch.arange(8))
+    assert [own.tolist() for own, _ in parallel.micro_batches(3)] == [[0, 1, 2]]
+    with pytest.raises(weights.UserError, match="batch of 8 cannot be shared out among 1 processes, 3 samples at once"):
+        parallel.micro_batches(8, at_once=3)
