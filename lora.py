@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al. 2022): W x + b becomes W x + b + (alpha / r) B A x, and only A and B are trained.
 
-As in Stage II of 1.x-Distill: on every attention and feed-forward matrix of every block, alpha = r, A Gaussian, B zero.
+alpha = r, A Gaussian, B zero. In Stage II of 1.x-Distill, on every attention and feed-forward matrix of every block; in Stage
+I, where adapters are ours, on every linear map: without those of the modulations the student falls behind (README.md).
 The network with adapters shares all its other weights with the one it is made from, which stays as it is.
 """
 
@@ -40,8 +41,11 @@ class LoRALinear(nn.Linear):
         return plain
 
 
-def add_lora(model, rank):
-    """An MMDiT with fresh adapters over the frozen weights of `model`, and the list of the adapters."""
+def add_lora(model, rank, everywhere=False):
+    """An MMDiT with fresh adapters over the frozen weights of `model`, and the list of the adapters.
+
+    everywhere: on every linear map, not only on those of ADAPTED.
+    """
     adapters = nn.ParameterList()
 
     def adapt(name, linear):
@@ -49,7 +53,10 @@ def add_lora(model, rank):
         adapters.extend([adapted.lora_A, adapted.lora_B])
         return adapted
 
-    return replace_modules(model.requires_grad_(False), lambda name, _: ADAPTED.fullmatch(name), adapt), adapters
+    def wanted(name, module):
+        return isinstance(module, nn.Linear) if everywhere else ADAPTED.fullmatch(name)
+
+    return replace_modules(model.requires_grad_(False), wanted, adapt), adapters
 
 
 def merge_lora(model):

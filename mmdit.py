@@ -52,7 +52,7 @@ class MMDiT(nn.Module):
         cond = self.t_embedder(t) + self.y_embedder(pooled.to(dtype))                   # (B, width)
         c = self.context_embedder(context.to(dtype)).to(dtype)                          # (B, L, width)
         x = self.x_embedder["proj"](latents.to(dtype)).flatten(2).transpose(1, 2)       # (B, N, width), N = h w
-        x = x.to(dtype) + self.crop_pos_embed(h, w)                                     # (B, N, width)
+        x = x.to(dtype).contiguous() + self.crop_pos_embed(h, w)                        # (B, N, width)
         found = []
         for blocks, j in split_blocks(list(self.joint_blocks), ranges or []):
             before = x, c
@@ -209,7 +209,8 @@ def layer_norm(x):
 
 
 def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
+    """x (1 + scale) + shift, in one pass over memory."""
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def attention(q, k, v):

@@ -62,6 +62,7 @@ PRESETS = {
         "sd3.5-large": {**STAGE2, "cache": [(3, 12)]}},
 }
 NO_FLAGS = {"alone", "decay"}       # set by the preset only: the discriminator's updates at first; rates that fall to zero
+LORA_RATE = 3                       # Stage I: how much faster adapters learn than all weights do, unless rates are given
 LARGE = {"at_once": 1, "recompute": True}  # how the official sizes are trained: nothing of this changes the result
 CLIP_STUDENT, CLIP_FAKE = 2.0, 1.0  # largest norm of the gradients; all of Stage II has the first
 STAGE1_RUN, REFERENCE_RUN = Path("runs/stage1"), Path("runs/stage1-4steps")
@@ -138,6 +139,8 @@ def parse_arguments(words=None):
         if getattr(args, name) is not None:
             raise weights.UserError(f"--{name.replace('_', '-')} means nothing to --stage {args.stage}")
     large = LARGE if args.preset != "tiny" else {}
+    if args.stage == 1 and args.lora:
+        preset = {name: LORA_RATE * value if name.endswith("_lr") else value for name, value in preset.items()}
     for name, value in {"model": MODELS[args.preset], **large, **preset}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -546,7 +549,7 @@ def open_networks(args, load, trained):
     if args.lora:
         frozen = load(args.device, DTYPES[args.dtype])
         torch.manual_seed(args.seed)  # for the adapters' initial weights alone
-        networks, learning = zip(*(add_lora(frozen, args.lora) for _ in range(trained)))
+        networks, learning = zip(*(add_lora(frozen, args.lora, everywhere=args.stage == 1) for _ in range(trained)))
     else:
         networks = learning = [trainable_network(args, load) for _ in range(trained)]
         frozen = frozen_network(args, load)

@@ -8,11 +8,12 @@ from test_cache import KINDS, random_inputs, random_network
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("everywhere", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_start_as_nothing_and_merge_into_plain_weights(kind):
+def test_adapters_start_as_nothing_and_merge_into_plain_weights(kind, everywhere):
     base, inputs = random_network(**KINDS[kind]), random_inputs()
     before = base(*inputs)
-    network, adapters = lora.add_lora(base, rank=4)
+    network, adapters = lora.add_lora(base, 4, everywhere)
     assert torch.allclose(network(*inputs), before, atol=1e-6)
     for parameter in adapters:
         parameter.normal_(std=0.1)
@@ -31,6 +32,12 @@ def test_every_matrix_of_attention_and_feed_forward_has_an_adapter_and_no_other(
     assert adapted == matrices and len(adapters) == 2 * len(matrices)
     trained = [p for p in network.parameters() if p.requires_grad]
     assert {id(p) for p in trained} == {id(p) for p in adapters}
+
+
+def test_in_stage_1_every_linear_map_has_an_adapter():
+    network, adapters = lora.add_lora(random_network(dual=(0,)), 4, everywhere=True)
+    assert len(adapters) > 2 * 50
+    assert all(isinstance(module, lora.LoRALinear) for module in network.modules() if isinstance(module, torch.nn.Linear))
 
 
 def test_queries_keys_and_values_have_an_adapter_each():

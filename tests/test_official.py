@@ -132,7 +132,7 @@ def test_an_iteration_reads_nothing_back_from_the_device_and_memory_goes_where_i
     with torch.device("meta"):  # all but the stored table of positions is trained
         parameters = sum(p.numel() for name, p in evaluate.new_mmdit("sd3-medium", 4).named_parameters() if name != "pos_embed")
     full, offloaded, adapters = (count(evaluate.count_memory, *flags, size=256) for flags in ([], ["--offload"], ["--lora", "64"]))
-    assert 2 * 16 + 2 < full / parameters < 2 * 16 + 5     # student, fake score; teacher in bf16; the rest is activations
+    assert 2 * 16 + 2 < full / parameters < 2 * 16 + 6     # student, fake score; teacher in bf16; the rest is activations
     assert full - offloaded > 0.95 * 8 * parameters        # one of the two optimisers' states is elsewhere
     assert adapters < 0.2 * full
     four, recomputed = (count(evaluate.count_memory, flag, at_once=8, size=512)
