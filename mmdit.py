@@ -139,14 +139,21 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.ln_q = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.ln_k = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_q = HeadNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.ln_k = HeadNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width) if project else None
 
     def qkv_heads(self, x):
         """x (B, N, width) -> q, k, v, each (B, heads, N, head width)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.ln_q(q), self.ln_k(k), v
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm in the dtype of what it norms, also where autocast hands fp32 weights bf16."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class MLP(nn.Module):

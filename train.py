@@ -76,6 +76,10 @@ GUIDANCES = (1.0, 2.0, 3.0, 4.0, 5.0)  # tried for the teacher that stage 0 make
 def main():
     args = parse_arguments()
     args.device = parallel.start(args.device)
+    if args.stage:
+        parallel.micro_batches(args.batch, args.at_once)  # what cannot be shared out is refused before anything is loaded
+    if args.compile and not args.lora and parallel.processes() > 1:
+        raise weights.UserError("--compile does not go with weights that are shared out: leave it out, or train adapters (--lora)")
     sampling = {0: stage0, 1: stage1, 2: stage2}[args.stage](args)
     if sampling and is_tiny_world(args.model):
         report(args, args.model, sampling)
