@@ -156,7 +156,7 @@ def test_every_loss_of_stage_0_falls(tmp_path):
 
 
 def test_a_finished_part_of_stage_0_is_not_made_again(tmp_path):
-    arguments = SimpleNamespace(out=tmp_path, seed=0, device=torch.device("cpu"), dtype="fp32")
+    arguments = SimpleNamespace(out=tmp_path, seed=0, device=torch.device("cpu"), dtype="fp32", preset="tiny")
     (tmp_path / "parts").mkdir()
     made = [train.make_part(arguments, "part", lambda: torch.nn.Linear(2, 2), lambda network, generator: loss(network), 2, 1e-3)
             for loss in (lambda network: network(torch.ones(2)).sum(), None)]
