@@ -501,8 +501,9 @@ def memory(args):
              "|" + "---|" * 7]
     for preset in args.preset or SIZES:
         for name, flags in MODES.items():
-            settings = train.parse_arguments(["--stage", "1", "--preset", preset, "--device", str(args.device), "--dtype", "bf16",
-                                              "--at-once", str(args.at_once), "--out", str(args.out / "run"), *flags])
+            settings = train.parse_arguments([
+                "--stage", "1", "--preset", preset, "--device", str(args.device), "--dtype", "bf16",
+                "--at-once", str(args.at_once), "--out", str(args.out / "run"), *flags])
             if args.device.type == "cuda":
                 peak, seconds = run_iterations(args, settings)
             else:
@@ -510,8 +511,8 @@ def memory(args):
             flops, hours = count_flops(args, settings), seconds * settings.iterations / 3600
             with torch.device("meta"):
                 one = forward_flops(new_mmdit(preset, args.depth), args.size[0] // 8, args.size[1] // 8, TOKENS)
-            row = [preset, name, f"{peak / 1e9:.1f}" if peak else "does not fit", f"{flops / settings.batch / one:.2f}", f"{flops / 1e15:.2f}",
-                   *(f"{x:.3g}" if x else "unmeasured" for x in (seconds, hours))]
+            row = [preset, name, f"{peak / 1e9:.1f}" if peak else "does not fit",
+                   f"{flops / settings.batch / one:.2f}", f"{flops / 1e15:.2f}", *(f"{x:.3g}" if x else "unmeasured" for x in (seconds, hours))]
             lines.append(f"| {' | '.join(row)} |")
             weights.write_text(args.out / "memory.md", "\n".join(lines) + "\n")
             print(lines[-1])

@@ -51,8 +51,8 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--out", default="samples", help="FILE.png, or a folder (default: samples)")
-    parser.add_argument("--export", metavar="PATH", help="draw nothing, but write the model: to FILE.safetensors in Stability's "
-                        "single-file layout (for ComfyUI), or to a folder in diffusers'")
+    parser.add_argument("--export", metavar="PATH", help="draw nothing, but write the model: to FILE.safetensors in "
+                        "Stability's single-file layout (for ComfyUI), or to a folder in diffusers'")
     parser.add_argument("--latents", help="also save the final latents, to this .safetensors file")
     args = parser.parse_args()
 
@@ -91,7 +91,7 @@ def export(args):
         raise weights.UserError(f"{path}: is there already")
     pipeline = load_pipeline(args.model, dtype=DTYPES[args.dtype or "fp32"])
     if single and pipeline.cache is not None:
-        print("note: a single file has no place for the compensator; other programs run all blocks in every step", file=sys.stderr)
+        print("note: a single file has no place for the compensator: all blocks run in every step", file=sys.stderr)
     header = {name: pipeline.mmdit.settings[name] for name in HEADER if name in pipeline.mmdit.settings}
     (save_single_file if single else save_pipeline)(pipeline, path, header)
     print(path)
@@ -272,10 +272,12 @@ def save_single_file(pipeline, file, metadata=None):
     file, vae = Path(file), pipeline.vae
     parts = {weights.PREFIXES["transformer"]: pipeline.mmdit.state_dict(), weights.PREFIXES["vae"]: vae.state_dict(),
              weights.TEXT_PREFIX: single_file_tensors(pipeline.text)}
-    tensors = {prefix + name: tensor.detach().cpu().contiguous() for prefix, part in parts.items() for name, tensor in part.items()}
+    tensors = {prefix + name: tensor.detach().cpu().contiguous()
+               for prefix, part in parts.items() for name, tensor in part.items()}
     projection = pipeline.text.clip_l.text_projection.weight  # the identity in SD3, not in the tiny SD3
-    said = {"clip_l_projected": not torch.equal(projection, torch.eye(*projection.shape).to(projection)), "shift": pipeline.shift, "sample_size": pipeline.latent_shape()[1], "scaling_factor": vae.scale,
-            "shift_factor": vae.shift, "norm_num_groups": vae.encoder.norm_out.num_groups}
+    projected = not torch.equal(projection, torch.eye(*projection.shape).to(projection))
+    said = {"clip_l_projected": projected, "shift": pipeline.shift, "sample_size": pipeline.latent_shape()[1],
+            "scaling_factor": vae.scale, "shift_factor": vae.shift, "norm_num_groups": vae.encoder.norm_out.num_groups}
     weights.write_safetensors(file, tensors, {**{name: str(value) for name, value in said.items()}, **(metadata or {})})
     save_tokenizers(pipeline.text, file.parent)
 

@@ -79,7 +79,7 @@ def main():
     if args.stage:
         parallel.micro_batches(args.batch, args.at_once)  # what cannot be shared out is refused before anything is loaded
     if args.compile and not args.lora and parallel.processes() > 1:
-        raise weights.UserError("--compile does not go with weights that are shared out: leave it out, or train adapters (--lora)")
+        raise weights.UserError("--compile does not go with sharded weights: train adapters (--lora), or leave it out")
     sampling = {0: stage0, 1: stage1, 2: stage2}[args.stage](args)
     if sampling and is_tiny_world(args.model):
         report(args, args.model, sampling)
@@ -98,7 +98,7 @@ def parse_arguments(words=None):
     parser.add_argument("--batch", type=positive_int)
     parser.add_argument("--student-lr", type=positive_float)
     parser.add_argument("--lora", type=whole_number, metavar="RANK",
-                        help="train adapters over shared, frozen weights (stage 1: of teacher, fake score and student); 0: all weights")
+                        help="train adapters over frozen weights, which stage 1's three networks share; 0: all weights")
     one = parser.add_argument_group("stage 1")
     one.add_argument("--guidance", type=float, help="w, of the teacher")
     one.add_argument("--alpha", type=float, help="guidance is on up to this noise level; 1: always")
@@ -178,7 +178,7 @@ def fast_bf16(device):
 def arithmetic(args):
     """The context in which networks run: autocast, and the attention kernel."""
     stack = contextlib.ExitStack()
-    # no cache of weights in bf16: it would hold a second copy of each network, and hide the gradient from what was cached without
+    # no cache of weights in bf16: it would hold a second copy of each network, and what was cached without gradient stays so
     stack.enter_context(torch.autocast(args.device.type, torch.bfloat16, enabled=args.dtype == "bf16", cache_enabled=False))
     stack.enter_context(attention_kernel(args))
     return stack

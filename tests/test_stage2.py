@@ -136,7 +136,8 @@ def watch(monkeypatch):
         counts.clear()
         return descend(*arguments)
 
-    for name, value in (("load_pipeline", load_pipeline), ("open_networks", open_networks), ("load_reference", load_reference), ("refine", refine),
+    for name, value in (("load_pipeline", load_pipeline), ("open_networks", open_networks),
+                        ("load_reference", load_reference), ("refine", refine),
                         ("load_backbone", lambda *a: count("backbone", backbone(*a))), ("descend", watched_descend),
                         ("Heads", lambda *a: count("heads", heads(*a)))):
         monkeypatch.setattr(train, name, value)
