@@ -81,10 +81,11 @@ def test_two_processes_train_what_one_trains_on_the_same_batch(pairs, what):
     one, two = tensors(one), tensors(two)
     assert one.keys() == two.keys()
     for name in one:
-        if name.endswith("exp_avg_sq"):  # of the gradients, to rounding; the first updates of Adam are their signs
-            assert torch.allclose(one[name], two[name], rtol=2e-3, atol=1e-4 * one[name].max().item()), name
+        difference = (one[name] - two[name]).norm()
+        if name.endswith("exp_avg_sq"):  # of the gradients: rounding grows, since the first updates of Adam are their signs
+            assert difference <= 0.03 * one[name].norm() + 1e-12, name
         elif not name.endswith(("step", "exp_avg")):
-            assert (one[name] - two[name]).abs().mean() < 1e-5, name  # a tenth of one update
+            assert difference <= 5e-5 * one[name].numel() ** 0.5, name  # updates are of 2e-4 to 2e-3
 
 
 def test_the_student_of_two_processes_is_whole_and_opens_like_any_other(pairs):
