@@ -34,9 +34,9 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + torch.einsum("...pr,por->...po", low, self.lora_B).flatten(-2)  # alpha / r = 1
 
     def merged(self):
-        """The plain linear map that does the same, in fp32."""
+        """The plain linear map that does the same, in fp32, on the CPU: it is to be saved, and the device may be full."""
         plain = nn.Linear(self.in_features, self.out_features, device="meta")
-        plain.weight = nn.Parameter(self.weight + (self.lora_B @ self.lora_A).flatten(0, 1), requires_grad=False)
+        plain.weight = nn.Parameter(self.weight.cpu() + (self.lora_B @ self.lora_A).flatten(0, 1).cpu(), requires_grad=False)
         plain.bias = self.bias
         return plain
 

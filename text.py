@@ -101,6 +101,7 @@ class CachedText:
         Says how much there is to do before it starts; raises UserError where the disk is too small for it.
         """
         missing = [prompt for prompt in prompts if not self.file(prompt).exists()]
+        parallel.wait()  # until all processes have seen the same ones missing
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
             encoders = self.load(self.device, self.dtype)
@@ -116,7 +117,7 @@ class CachedText:
                 for prompt, context, pooled in zip(part, *self.run(encoders, part), strict=True):
                     weights.write_safetensors(self.file(prompt), {"context": context, "pooled": pooled}, {"prompt": prompt})
             del encoders  # before the networks are built
-            parallel.wait()
+        parallel.wait()
 
     @torch.no_grad()
     def run(self, encoders, prompts):

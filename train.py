@@ -403,8 +403,6 @@ def stage2(args):
     text = open_text(args, prompts)
     mmdit, (student,), (learned,) = open_networks(args, partial(load_mmdit, path), trained=1)
     initial = load_pipeline(path, args.device, mmdit=mmdit, text=text)
-    if initial.carried("sigmas") is None:
-        raise weights.UserError(f"{path}: no student of Stage I, since it carries no noise levels of its own")
     initial.cache = None
     reference = load_reference(args, initial)
     device, shape = args.device, initial.latent_shape()
@@ -512,11 +510,14 @@ def check_refinement(args, mmdit, steps):
 
 
 def find_student(args):
-    """The folder of the Stage I student that Stage II starts from."""
+    """Where the Stage I student is that Stage II starts from. Raises UserError, before text is encoded, if it is none."""
     if args.student is None and not is_finished(STAGE1_RUN):
         raise weights.UserError("Stage II starts from a Stage I student: run `python train.py --stage 1` first, or name one "
                                 "with --student")
-    return weights.find_model(args.student or STAGE1_RUN)
+    path = weights.find_model(args.student or STAGE1_RUN)
+    if "sigmas" not in weights.NetworkFiles(path, "transformer").metadata:
+        raise weights.UserError(f"{path}: no student of Stage I, since it carries no noise levels of its own")
+    return path
 
 
 def load_reference(args, student):
@@ -600,13 +601,11 @@ def save_student(args, path, pipeline, header):
 
     path: of a model of the same shape.
     """
-    if args.lora:
-        mmdit = merge_lora(pipeline.mmdit)
-    elif parallel.processes() > 1:
-        mmdit = parallel.fill_whole(load_mmdit(path), pipeline.mmdit)
-    else:
-        mmdit = pipeline.mmdit
+    mmdit = pipeline.mmdit
+    if parallel.processes() > 1 and not args.lora:
+        mmdit = parallel.fill_whole(load_mmdit(path), mmdit)
     if parallel.is_first():
+        mmdit = merge_lora(mmdit) if args.lora else mmdit
         text = pipeline.text.open() if isinstance(pipeline.text, CachedText) else pipeline.text
         save_pipeline(replace(pipeline, mmdit=mmdit, text=text), args.out, header, dtype=torch.float32)
         print(f"student: {args.out}")

@@ -23,7 +23,7 @@ def quick():
 
 
 def bare():
-    return [(train, "Sheet", lambda *args: None), (train, "report", lambda *args: None)]
+    return [(train, "Sheet", lambda *args, **sizes: None), (train, "report", lambda *args: None)]
 
 
 if __name__ == "__main__":

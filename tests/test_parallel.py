@@ -16,7 +16,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 import parallel
 import quick_train
 import sample
-import train
 import weights
 
 FULL = "--stage 1 --iterations 2".split()
@@ -37,15 +36,12 @@ def torchrun(*arguments, wait=True):
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(train_run):
     """alone(*arguments): the same in this process."""
-    def run(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            for owner, name, value in quick_train.bare():
-                patch.setattr(owner, name, value)
-            patch.setattr(sys, "argv", ["train.py", *quick_train.FLAGS, *map(str, arguments)])
-            train.main()
-    return run
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, value in quick_train.bare():
+            patch.setattr(owner, name, value)
+        yield train_run
 
 
 @pytest.fixture(scope="module")
