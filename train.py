@@ -463,8 +463,6 @@ def stage2(args):
         noise = torch.randn(args.batch, *shape, generator=generator)
         generators = is_generator_turn(run.step, *turns)
         if generators:
-            for parameter in own:
-                parameter.requires_grad_(generator_turns(run.step, *turns) >= warmup)
             rate = 1 - run.step / args.iterations if args.decay else 1
             for group, lr in zip(optimizers["generator_adamw"].param_groups, (args.student_lr, args.compensator_lr)):
                 group["lr"] = rate * lr
@@ -478,6 +476,9 @@ def stage2(args):
             backward(args, sum(terms.values()) / len(parts))
             for name, value in terms.items():
                 found[name] = found.get(name, 0) + value.detach() / len(parts)
+        if generators and generator_turns(run.step, *turns) < warmup:
+            for parameter in own:  # still at rest. They keep requires_grad: FSDP2 would not notice a change of it
+                parameter.grad = None
         norm = descend(optimizers["generator_adamw" if generators else "discriminator_adamw"], CLIP_STUDENT, args.offload)
         losses.update(found, **({"norm": norm} if generators or "norm" not in losses else {}))
         return losses

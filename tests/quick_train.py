@@ -1,6 +1,6 @@
 """train.py on the shipped model with small batches and sheets and quick measures: for tests, and for torchrun.
 
-With --bare as first argument: without sheets and measures.
+With --bare as first argument: without sheets and measures, and Stage II's discriminator is alone for one update only.
 """
 
 import sys
@@ -23,7 +23,9 @@ def quick():
 
 
 def bare():
-    return [(train, "Sheet", lambda *args, **sizes: None), (train, "report", lambda *args: None)]
+    soon = {2: {**train.PRESETS[2], "tiny": {**train.PRESETS[2]["tiny"], "alone": 1}}}  # the student moves from the second update
+    return [(train, "Sheet", lambda *args, **sizes: None), (train, "report", lambda *args: None),
+            (train, "PRESETS", {**train.PRESETS, **soon})]
 
 
 if __name__ == "__main__":

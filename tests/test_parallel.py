@@ -21,6 +21,8 @@ import weights
 FULL = "--stage 1 --iterations 2".split()
 ADAPTERS = "--stage 1 --iterations 2 --lora 2".split()
 REFINED = "--stage 2 --iterations 4 --objective adv+kd --lora 2 --warmup 0 --turns 1".split()
+REFINED_FULL = "--stage 2 --iterations 4 --objective adv+kd --lora 0 --warmup 1 --turns 1".split()
+RUNS = {"full": FULL, "adapters": ADAPTERS, "refined": REFINED, "refined, all weights": REFINED_FULL}
 
 
 def torchrun(*arguments, wait=True):
@@ -48,8 +50,8 @@ def alone(train_run):
 def pairs(alone, two_steps, tmp_path_factory):
     """Two folders, {what: run}: by one process with two samples at once, by two processes with one each."""
     folder = tmp_path_factory.mktemp("parallel")
-    for name, flags in {"full": FULL, "adapters": ADAPTERS, "refined": REFINED}.items():
-        flags = flags + (["--student", two_steps, "--reference", two_steps] if name == "refined" else [])
+    for name, flags in RUNS.items():
+        flags = flags + (["--student", two_steps, "--reference", two_steps] if flags[1] == "2" else [])
         alone(*flags, "--at-once", 2, "--out", folder / "one" / name)
         torchrun(*flags, "--at-once", 1, "--out", folder / "two" / name)
     return folder
@@ -70,7 +72,7 @@ def tensors(run):
     return found
 
 
-@pytest.mark.parametrize("what", ["full", "adapters", "refined"])
+@pytest.mark.parametrize("what", RUNS)
 def test_two_processes_train_what_one_trains_on_the_same_batch(pairs, what):
     one, two = pairs / "one" / what, pairs / "two" / what
     assert losses(one) == pytest.approx(losses(two), rel=1e-4)
