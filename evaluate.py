@@ -11,6 +11,7 @@ A model is a file, a folder or a Hugging Face id; PATH@steps=4,guidance=2,shift=
 import argparse
 import contextlib
 import hashlib
+import json
 import math
 import multiprocessing
 import platform
@@ -19,12 +20,14 @@ import time
 import weakref
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +44,8 @@ import shapes
 import tiny
 import train
 import weights
-from cache import effective_nfe, forward_flops, new_cache, sampling_flops
+from adversarial import ConvNeXt, Heads
+from cache import Cache, Compensator, effective_nfe, forward_flops, new_cache, sampling_flops
 from mmdit import MMDiT
 from sample import (DTYPES, LATENTS_AT_ONCE, TINY, CommandLine, Pipeline, decode, find_device, generate, image_size, open_model,
                     picture_bytes, positive_int, split_model, to_picture, write_picture)
@@ -79,7 +83,8 @@ def main():
     two.add_argument("--depth", type=positive_int, help="so many blocks of it and of each text encoder, for a small machine")
     two.add_argument("--size", type=image_size, help="H or HxW in pixels (default: the model's own)")
     two.add_argument("--batch", type=positive_int, default=32, help="at which the throughput is measured")
-    four = add("memory", memory, "what an iteration of Stage I takes at official sizes, all weights trained or adapters")
+    four = add("memory", memory, "what an iteration takes at official sizes, all weights trained or adapters")
+    four.add_argument("--stage", type=int, choices=MODES, default=1)
     four.add_argument("--preset", choices=SIZES, action="append", help="may be given several times (default: all)")
     four.add_argument("--at-once", type=positive_int, default=1, help="samples that the device works on at once")
     four.add_argument("--depth", type=positive_int, help="so many blocks of it, for a small machine")
@@ -488,11 +493,12 @@ def cached_share(preset, blocks):
 
 # --------------------------------------------------------------------------------------------------------- memory
 
-MODES = {"all weights": [], "all weights, --offload": ["--offload"], "--lora 64": ["--lora", "64"]}
+MODES = {1: {"all weights": [], "all weights, --offload": ["--offload"], "--lora 64": ["--lora", "64"]},
+         2: {"all weights, --offload": ["--lora", "0", "--offload"], "--lora 64": []}}
 
 
 def memory(args):
-    """Peak memory and work of an iteration of Stage I (train.distribution_matching), with random weights of official sizes.
+    """Peak memory and work of an iteration (train.distribution_matching, train.refinement), with random weights of true size.
 
     On a GPU it runs and is timed. On a CPU nothing is computed: the same code goes over fake tensors, and what it would hold
     and multiply is counted.
@@ -500,9 +506,9 @@ def memory(args):
     lines = ["| preset | what is trained | peak memory, GB | F a sample | PFLOP an iteration | s an iteration | hours |",
              "|" + "---|" * 7]
     for preset in args.preset or SIZES:
-        for name, flags in MODES.items():
+        for name, flags in MODES[args.stage].items():
             settings = train.parse_arguments([
-                "--stage", "1", "--preset", preset, "--device", str(args.device), "--dtype", "bf16",
+                "--stage", str(args.stage), "--preset", preset, "--device", str(args.device), "--dtype", "bf16",
                 "--at-once", str(args.at_once), "--out", str(args.out / "run"), *flags])
             if args.device.type == "cuda":
                 peak, seconds = run_iterations(args, settings)
@@ -511,12 +517,13 @@ def memory(args):
             flops, hours = count_flops(args, settings), seconds * settings.iterations / 3600
             with torch.device("meta"):
                 one = forward_flops(new_mmdit(preset, args.depth), args.size[0] // 8, args.size[1] // 8, TOKENS)
-            row = [preset, name, f"{peak / 1e9:.1f}" if peak else "does not fit",
-                   f"{flops / settings.batch / one:.2f}", f"{flops / 1e15:.2f}", *(f"{x:.3g}" if x else "unmeasured" for x in (seconds, hours))]
+            row = [preset, name, f"{peak / 1e9:.1f}" if peak else "does not fit", f"{flops / settings.batch / one:.2f}",
+                   f"{flops / 1e15:.2f}", *(f"{x:.3g}" if x else "unmeasured" for x in (seconds, hours))]
             lines.append(f"| {' | '.join(row)} |")
             weights.write_text(args.out / "memory.md", "\n".join(lines) + "\n")
             print(lines[-1])
-    text = (f"random weights{f', {args.depth} blocks deep' if args.depth else ''}, {args.size[0]}×{args.size[1]}, a batch of "
+    text = (f"Stage {'I' * args.stage}, random weights{f', {args.depth} blocks deep' if args.depth else ''}, "
+            f"{args.size[0]}×{args.size[1]}, a batch of "
             f"{settings.batch}, {args.at_once} at once, bf16; hours for {settings.iterations} iterations; memory "
             + ("as torch's allocator measured it; " if args.device.type == "cuda" else
                "of all tensors at their peak, counted, not measured: what the allocator and the kernels need comes on top; ")
@@ -534,7 +541,7 @@ def new_mmdit(preset, depth):
 
 
 def random_networks(args, settings):
-    """A pipeline, student and fake score of true size; what is random in them does not matter."""
+    """What an iteration needs beside its settings, of true size: the first arguments of `updates`. Their values do not matter."""
     def load(device, dtype):
         with torch.device(device), default_dtype(dtype):
             network = new_mmdit(settings.preset, args.depth).requires_grad_(False)
@@ -545,9 +552,31 @@ def random_networks(args, settings):
         shapes = (len(prompts), TOKENS, 4096), (len(prompts), 2048)
         return [torch.zeros(shape, dtype=torch.bfloat16, device=settings.device) for shape in shapes]
 
-    frozen, (student, fake), _ = train.open_networks(settings, load, trained=2)
+    frozen, trained, _ = train.open_networks(settings, load, trained=3 - settings.stage)
     with torch.device(settings.device):
-        return Pipeline(frozen, VAE().requires_grad_(False), text), student, fake
+        pipeline = Pipeline(frozen, VAE().requires_grad_(False), text)
+        if settings.stage == 1:
+            return pipeline, *trained
+        reference = replace(pipeline, mmdit=train.frozen_network(settings, load))
+        backbone = ConvNeXt(**CONVNEXT).requires_grad_(False)
+        cache = Cache(settings.cache, nn.ModuleList(Compensator(frozen.pos_embed.shape[2]) for _ in settings.cache))
+        return pipeline, reference, *trained, cache, backbone, Heads(backbone.widths)
+
+
+CONVNEXT = {"depths": (3, 4, 30, 3), "widths": (384, 768, 1536, 3072), "embedding": 1024}  # convnext_xxlarge
+
+
+def updates(settings, first, *others):
+    """draw(generator), and what to make of its draws, in turn: in Stage II one update of the generator, then the discriminator's."""
+    if settings.stage == 1:
+        _, draw, learn, _ = train.distribution_matching(settings, first, *others, ["a prompt"])
+        return draw, [learn]
+    reference, student, cache, backbone, heads = others
+    reference.mmdit.settings.update(sigmas=json.dumps(flow.student_sigmas(4, first.shift).tolist()), guidance="1.0")
+    sigmas = flow.student_sigmas(2, first.shift).to(settings.device)
+    draw, learn, _ = train.refinement(settings, first, reference, student, cache, sigmas, ["a prompt"], backbone, heads)
+    start = settings.alone + (1 + settings.turns) * settings.warmup  # past the warm-up: all that learns moves
+    return draw, [partial(learn, start + i) for i in range(1 + settings.turns)]
 
 
 def run_iterations(args, settings):
@@ -555,24 +584,26 @@ def run_iterations(args, settings):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(args.device)
     try:
-        _, draw, learn, _ = train.distribution_matching(settings, *random_networks(args, settings), ["a prompt"])
-        seconds = clock({"iteration": lambda: learn(draw(train.seeded(0, 0)))}, args.device, rounds=3)["iteration"]
+        draw, learn = updates(settings, *random_networks(args, settings))
+        seconds = clock({i: lambda turn=turn: turn(draw(train.seeded(0, 0))) for i, turn in enumerate(learn)}, args.device, rounds=3)
     except torch.OutOfMemoryError:
         return 0, 0
-    return torch.cuda.max_memory_allocated(args.device), statistics.median(seconds)
+    return torch.cuda.max_memory_allocated(args.device), statistics.mean(map(statistics.median, seconds.values()))
 
 
 def count_iterations(args, settings, counter):
-    """Two iterations over fake tensors: nothing is computed, but `counter` sees every operation."""
+    """Two iterations of each kind over fake tensors: nothing is computed, but `counter` sees every operation. Returns how many."""
     settings = argparse.Namespace(**{**vars(settings), "device": torch.device("cpu"), "offload": settings.offload and "meta"})
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, counter:
         networks = random_networks(args, settings)
-    _, draw, learn, _ = train.distribution_matching(settings, *networks, ["a prompt"])
+    draw, learn = updates(settings, *networks)
     draws = [draw(train.seeded(0, i)) for i in range(2)]
     with fake, counter:
         for part in draws:
-            learn(part)
+            for turn in learn:
+                turn(part)
+    return len(draws) * len(learn)
 
 
 def count_memory(args, settings):
@@ -583,11 +614,11 @@ def count_memory(args, settings):
 
 
 def count_flops(args, settings):
-    """Floating-point operations of an iteration, the mean of two."""
+    """Floating-point operations of an iteration, the mean of two; in Stage II, of an update of either side."""
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH):  # the one whose products torch counts on a CPU
-        count_iterations(args, argparse.Namespace(**{**vars(settings), "at_once": None}), counter)
-    return counter.get_total_flops() / 2
+        count = count_iterations(args, argparse.Namespace(**{**vars(settings), "at_once": None}), counter)
+    return counter.get_total_flops() / count
 
 
 class PeakMemory(TorchDispatchMode):

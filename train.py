@@ -405,29 +405,50 @@ def stage2(args):
     initial = load_pipeline(path, args.device, mmdit=mmdit, text=text)
     initial.cache = None
     reference = load_reference(args, initial)
-    device, shape = args.device, initial.latent_shape()
-    sigmas = initial.sigmas(args.steps).to(device)
+    sigmas = initial.sigmas(args.steps).to(args.device)
     check_refinement(args, mmdit, steps=len(sigmas) - 1)
-    adversarial, distilling = "adv" in args.objective, "kd" in args.objective
+    lpips = load_lpips(args.device) if args.lpips else None
+    backbone = load_backbone(args.backbone, args.device) if "adv" in args.objective else None
+    torch.manual_seed(args.seed)  # for the initial weights alone
+    cache = new_cache(args.cache, mmdit.pos_embed.shape[2], args.device)
+    heads = Heads(backbone.widths).to(args.device) if backbone else None
+    draw, learn, optimizers = refinement(args, initial, reference, student, cache, sigmas, prompts, backbone, heads, lpips)
+    learning = {"student": learned, "compensators": cache.compensators, **({"heads": heads} if heads else {})}
+    run = Run(args.out, "stage 2", learning, optimizers, settings(args))
+
+    how = {"sigmas": sigmas, "guidance": 1.0}
+    refined = replace(initial, mmdit=student, cache=cache if args.cache else None)
+    sampling = {"Stage I student": (initial, how)}
+    if args.cache:
+        sampling["Stage I, plain re-use"] = replace(initial, cache=Cache(args.cache)), how
+    sampling.update({"student": (refined, how), "reference": (reference, {})})
+    fit(run, lambda run: learn(run.step, draw(seeded(args.seed, run.step))), args.iterations, Sheet(args, prompts, sampling),
+        args.sheet_every)
+
+    save_student(args, path, refined, {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings})
+    size, steps = (*initial.latent_shape()[1:], text([""])[0].shape[1]), len(sigmas) - 1
+    by_blocks = effective_nfe(len(student.joint_blocks), args.cache, steps)
+    by_flops = sampling_flops(student, *size, steps, refined.cache) / forward_flops(student, *size)
+    parallel.say(f"{by_blocks:.2f} evaluations by the blocks that run, {by_flops:.2f} by FLOPs")
+    return sampling
+
+
+def refinement(args, initial, reference, student, cache, sigmas, prompts, backbone=None, heads=None, lpips=None):
+    """Stage II: draw(generator) and learn(update, draws), which make one update of either side, and the optimisers.
+
+    initial and reference are whole pipelines, the other parts networks; backbone and heads make the discriminator, if there is
+    to be one.
+    """
+    adversarial, distilling = backbone is not None, "kd" in args.objective
     turns = (args.alone, args.turns) if adversarial else (0, 0)  # else every update is the generator's
     warmup, feature_weight = (args.warmup, args.feature_weight) if args.cache else (0, 0.0)
-    lpips = load_lpips(device) if args.lpips else None
-    backbone = load_backbone(args.backbone, device) if adversarial else None
-    parts = parallel.micro_batches(args.batch, args.at_once)
-
-    torch.manual_seed(args.seed)  # for the initial weights alone
-    cache = new_cache(args.cache, mmdit.pos_embed.shape[2], device)
-    heads = Heads(backbone.widths).to(device) if adversarial else None
-    own, learning = trainable(student), {"student": learned, "compensators": cache.compensators}
-    adamw = partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
+    own, adamw = trainable(student), partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     optimizers = {"generator_adamw": adamw([{"params": own, "lr": args.student_lr},
                                             {"params": trainable(cache.compensators), "lr": args.compensator_lr}])}
     if adversarial:
-        learning["heads"] = heads
         optimizers["discriminator_adamw"] = adamw(heads.parameters(), lr=args.discriminator_lr)
-    run = Run(args.out, "stage 2", learning, optimizers, settings(args))
-
-    reference_sigmas, reference_guidance, uncond = reference.sigmas(), reference.guidance(), text([""])
+    shape, parts = initial.latent_shape(), parallel.micro_batches(args.batch, args.at_once)
+    reference_sigmas, reference_guidance, uncond = reference.sigmas(), reference.guidance(), reference.text([""])
 
     def real_images(noise, cond):
         """Decoded samples of the reference generator from the same noise and prompts."""
@@ -443,7 +464,7 @@ def stage2(args):
 
     def generator_terms(noise, cond):
         terms = {}
-        latents, steps = refine(student, noise, sigmas, cond, cache, mmdit if distilling else None)
+        latents, steps = refine(student, noise, sigmas, cond, cache, initial.mmdit if distilling else None)
         images = initial.vae.decode(latents) if adversarial or lpips else None
         if adversarial:
             terms["adversarial"] = generator_loss(backbone, heads, images)
@@ -455,48 +476,38 @@ def stage2(args):
             terms["lpips"] = args.lpips * lpips(images, real_images(noise, cond))
         return terms
 
-    losses = {}  # the latest of every kind, for the log
-
-    def update(run):
-        generator = seeded(args.seed, run.step)
+    def draw(generator):
+        """All that is random in an update, on the CPU: prompts and noise for each micro-batch."""
         words = draw_prompts(prompts, args.batch, generator)
         noise = torch.randn(args.batch, *shape, generator=generator)
-        generators = is_generator_turn(run.step, *turns)
+        return [([words[row] for row in rows], noise[rows]) for rows, _ in parts]
+
+    losses = {}  # the latest of every kind, for the log
+
+    def learn(update, draws):
+        generators = is_generator_turn(update, *turns)
         if generators:
-            rate = 1 - run.step / args.iterations if args.decay else 1
+            rate = 1 - update / args.iterations if args.decay else 1
             for group, lr in zip(optimizers["generator_adamw"].param_groups, (args.student_lr, args.compensator_lr)):
                 group["lr"] = rate * lr
         found = {}
-        for i, (rows, _) in enumerate(parts):
+        for i, (words, noise) in enumerate(draws):
             if adversarial:
                 heads.requires_grad_(not generators).train(i == 0)  # spectral norm: one power iteration an update, not a pass
-            cond = text([words[row] for row in rows])
+            cond = reference.text(words)
             with arithmetic(args):
-                terms = (generator_terms if generators else discriminator_terms)(noise[rows].to(device, non_blocking=True), cond)
-            backward(args, sum(terms.values()) / len(parts))
+                terms = (generator_terms if generators else discriminator_terms)(noise.to(args.device, non_blocking=True), cond)
+            backward(args, sum(terms.values()) / len(draws))
             for name, value in terms.items():
-                found[name] = found.get(name, 0) + value.detach() / len(parts)
-        if generators and generator_turns(run.step, *turns) < warmup:
+                found[name] = found.get(name, 0) + value.detach() / len(draws)
+        if generators and generator_turns(update, *turns) < warmup:
             for parameter in own:  # still at rest. They keep requires_grad: FSDP2 would not notice a change of it
                 parameter.grad = None
         norm = descend(optimizers["generator_adamw" if generators else "discriminator_adamw"], CLIP_STUDENT, args.offload)
         losses.update(found, **({"norm": norm} if generators or "norm" not in losses else {}))
         return losses
 
-    how = {"sigmas": sigmas, "guidance": 1.0}
-    refined = replace(initial, mmdit=student, cache=cache if args.cache else None)
-    sampling = {"Stage I student": (initial, how)}
-    if args.cache:
-        sampling["Stage I, plain re-use"] = replace(initial, cache=Cache(args.cache)), how
-    sampling.update({"student": (refined, how), "reference": (reference, {})})
-    fit(run, update, args.iterations, Sheet(args, prompts, sampling), args.sheet_every)
-
-    save_student(args, path, refined, {"sigmas": json.dumps(sigmas.tolist()), "guidance": "1.0", "training": run.settings})
-    size, steps = (*shape[1:], uncond[0].shape[1]), len(sigmas) - 1
-    by_blocks = effective_nfe(len(student.joint_blocks), args.cache, steps)
-    by_flops = sampling_flops(student, *size, steps, refined.cache) / forward_flops(student, *size)
-    parallel.say(f"{by_blocks:.2f} evaluations by the blocks that run, {by_flops:.2f} by FLOPs")
-    return sampling
+    return draw, learn, optimizers
 
 
 def check_refinement(args, mmdit, steps):
