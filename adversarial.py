@@ -7,6 +7,7 @@ same noise and prompt. It looks through a frozen ConvNeXt, at three of its featu
 The file reads in the order of the data: sampling, losses, discriminator. All but the networks are pure functions.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 import flow
 import weights
@@ -80,12 +82,12 @@ def discriminator_loss(backbone, heads, fake, real):
             + multilevel_loss([level[len(real):] for level in logits], 0.0))
 
 
-def generator_loss(backbone, heads, fake):
-    """The generator's turn: its images to the label of real ones.
+def generator_loss(backbone, heads, fake, recompute=False):
+    """The generator's turn: its images to the label of real ones. recompute: see ConvNeXt.forward.
 
     With 0.8 rather than 1 the gradient turns round once a logit is above ln 4 = 1.39: what convinces is not pushed further.
     """
-    return multilevel_loss(heads(*backbone(fake)), REAL_LABEL)
+    return multilevel_loss(heads(*backbone(fake, recompute)), REAL_LABEL)
 
 
 def multilevel_loss(logits, label):
@@ -172,13 +174,16 @@ class ConvNeXt(nn.Module):
             "stages": nn.ModuleList(stages), "head": nn.ModuleDict({"norm": nn.LayerNorm(widths[-1], eps=NORM_EPS)})})
         self.head = nn.ModuleDict({"proj": nn.Linear(widths[-1], embedding, bias=False)})
 
-    def forward(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> maps of the first three stages, of sides H/4, H/8, H/16, and the embedding (B, D)."""
+    def forward(self, images, recompute=False):
+        """images (B, 3, H, W) in [-1, 1] -> maps of the first three stages, of sides H/4, H/8, H/16, and the embedding (B, D).
+
+        recompute: keep only what enters each block, and run it again for the backward pass.
+        """
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         x = self.trunk["stem"]((images / 2 + 0.5 - mean) / std)                         # (B, widths[0], H/4, W/4)
         maps = []
         for stage in self.trunk["stages"]:
-            x = stage(x)                                                                # (B, widths[i], H/4/2^i, W/4/2^i)
+            x = stage(x, recompute)                                                     # (B, widths[i], H/4/2^i, W/4/2^i)
             maps.append(x)
         pooled = self.trunk["head"]["norm"](x.mean(dim=(2, 3)))                         # (B, widths[3])
         return maps[:3], self.head["proj"](pooled)
@@ -191,9 +196,11 @@ class Stage(nn.Module):
             ChannelNorm(before), nn.Conv2d(before, width, 2, stride=2))
         self.blocks = nn.ModuleList(ConvNeXtBlock(width) for _ in range(depth))
 
-    def forward(self, x):
+    def forward(self, x, recompute=False):
         x = self.downsample(x)
         for block in self.blocks:
+            if recompute:
+                block = partial(checkpoint, block, use_reentrant=False)
             x = block(x)
         return x
 

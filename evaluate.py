@@ -559,7 +559,8 @@ def random_networks(args, settings):
             return pipeline, *trained
         reference = replace(pipeline, mmdit=train.frozen_network(settings, load))
         backbone = ConvNeXt(**CONVNEXT).requires_grad_(False)
-        cache = Cache(settings.cache, nn.ModuleList(Compensator(frozen.pos_embed.shape[2]) for _ in settings.cache))
+        ranges = cached_share(settings.preset, len(frozen.joint_blocks))
+        cache = Cache(ranges, nn.ModuleList(Compensator(frozen.pos_embed.shape[2]) for _ in ranges))
         return pipeline, reference, *trained, cache, backbone, Heads(backbone.widths)
 
 

@@ -465,9 +465,9 @@ def refinement(args, initial, reference, student, cache, sigmas, prompts, backbo
     def generator_terms(noise, cond):
         terms = {}
         latents, steps = refine(student, noise, sigmas, cond, cache, initial.mmdit if distilling else None)
-        images = initial.vae.decode(latents) if adversarial or lpips else None
+        images = initial.vae.decode(latents, args.recompute) if adversarial or lpips else None
         if adversarial:
-            terms["adversarial"] = generator_loss(backbone, heads, images)
+            terms["adversarial"] = generator_loss(backbone, heads, images, args.recompute)
         if distilling and args.output_weight:
             terms["output"] = args.output_weight * output_distillation(steps)
         if distilling and feature_weight:

@@ -4,9 +4,12 @@ Source: Rombach et al. 2022 (latent diffusion), Sec. 3.1; 16 channels as in Esse
 Parameter names are those of Stability's files; weights.py translates the diffusers names.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import weights
 
@@ -30,9 +33,12 @@ class VAE(nn.Module):
         """images (B, 3, H, W) -> mean and log-variance of the posterior, (B, 16, H/8, W/8) each, unscaled."""
         return self.encoder(images).chunk(2, dim=1)
 
-    def decode(self, latents):
-        """latents (B, 16, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], not clamped."""
-        return self.decoder(latents / self.scale + self.shift)
+    def decode(self, latents, recompute=False):
+        """latents (B, 16, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], not clamped.
+
+        recompute: keep only what enters each block, and run it again for the backward pass.
+        """
+        return self.decoder(latents / self.scale + self.shift, recompute)
 
 
 class Encoder(nn.Module):
@@ -73,10 +79,12 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(groups, widths[0])
         self.conv_out = conv3(widths[0], 3)
 
-    def forward(self, z):
+    def forward(self, z, recompute=False):
         h = self.mid(self.conv_in(z))                                                   # (B, widths[-1], h, w)
         for level in reversed(self.up):
             for block in level["block"]:
+                if recompute:
+                    block = partial(checkpoint, block, use_reentrant=False)
                 h = block(h)
             if "upsample" in level:
                 h = level["upsample"](h)                                                # sides doubled
