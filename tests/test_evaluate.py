@@ -15,6 +15,7 @@ from torch import nn
 from transformers import (AutoTokenizer, BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor,
                           Dinov2Config, Dinov2Model)
 
+import costs
 import evaluate
 import sample
 import scores
@@ -31,7 +32,7 @@ def run(monkeypatch, tmp_path):
         return {file.name: file.read_text() for file in (tmp_path / "out").glob("*.*")}
 
     monkeypatch.setattr(shapes, "measure", partial(shapes.measure, renders=64, draws=2))
-    monkeypatch.setattr(evaluate, "clock", partial(evaluate.clock, rounds=2))
+    monkeypatch.setattr(costs, "clock", partial(costs.clock, rounds=2))
     return call
 
 
@@ -49,7 +50,7 @@ def test_models_are_measured_side_by_side_and_nothing_is_drawn_twice(run, monkey
     assert set(teacher) == {"cost", "adherence", "coverage", "total variation", "placement", "distribution"}
 
     monkeypatch.setattr(evaluate, "generate", None)
-    monkeypatch.setattr(evaluate, "measure_cost", None)
+    monkeypatch.setattr(costs, "measure_cost", None)
     again = run(*words)
     assert json.loads(again["quality.json"])["models"] == found and "| adherence | mean |" in again["quality.md"]
 
@@ -203,10 +204,10 @@ def test_speed_times_teacher_and_students_in_one_run(run):
 
 def test_random_weights_have_the_official_size_but_for_the_depth():
     with torch.device("meta"):
-        whole = evaluate.MMDiT(24, 1536, 24, 4096, 2048, 192)
+        whole = costs.MMDiT(24, 1536, 24, 4096, 2048, 192)
     sizes = {name.replace("joint_blocks.23.", "joint_blocks.0."): tensor.shape for name, tensor in whole.state_dict().items()
              if ".23." in name or "joint_blocks" not in name}
-    pipeline = evaluate.random_pipeline("sd3-medium", 1, torch.device("cpu"), torch.bfloat16)
+    pipeline = costs.random_pipeline("sd3-medium", 1, torch.device("cpu"), torch.bfloat16)
     assert {name: tensor.shape for name, tensor in pipeline.mmdit.state_dict().items()} == sizes
     context, pooled = pipeline.text(["a cow"])
     assert context.shape == (1, 333, 4096) and pooled.shape == (1, 2048) and torch.isfinite(context.float()).all()
@@ -216,7 +217,7 @@ def test_random_weights_have_the_official_size_but_for_the_depth():
     ("sd3-medium", 24, [(2, 9)]), ("sd3-medium", 6, [(2, 3)]), ("sd3.5-large", 1, [(0, 0)]),
     (None, 12, [(1, 4)]), (None, 24, [(2, 9)]), (None, 38, [(3, 12)]), (None, 3, [(2, 2)])])
 def test_the_cached_share_is_the_presets_at_any_depth(preset, blocks, ranges):
-    assert evaluate.cached_share(preset, blocks) == ranges
+    assert costs.cached_share(preset, blocks) == ranges
 
 
 @pytest.mark.parametrize("words, message", [

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-import evaluate
+import costs
 import flow
 import quick_train
 import sample
@@ -116,8 +116,8 @@ def test_what_saves_memory_or_time_changes_nothing(train_run, two_steps, tmp_pat
 
 def count(counted, *flags, stage=1, depth=4, at_once=1, size=512):
     args = SimpleNamespace(depth=depth, size=(size, size), device=torch.device("cpu"))
-    settings = train.parse_arguments(["--stage", str(stage), "--preset", "sd3-medium", "--device", "cpu", "--dtype", "bf16", "--at-once",
-                                      str(at_once), *flags])
+    settings = train.parse_arguments(["--stage", str(stage), "--preset", "sd3-medium", "--device", "cpu", "--dtype", "bf16",
+                                      "--at-once", str(at_once), *flags])
     return counted(args, settings)
 
 
@@ -130,25 +130,25 @@ def elsewhere(tmp_path, monkeypatch):
 def test_a_sample_of_stage_1_takes_no_more_work_than_it_must(elsewhere, flags, least, most):
     """In forward passes F; the released code takes 13 with recomputation and 11 without."""
     with torch.device("meta"):
-        one = evaluate.forward_flops(evaluate.new_mmdit("sd3-medium", 4), 64, 64, evaluate.TOKENS)
-    assert least < count(evaluate.count_flops, *flags) / 64 / one <= most
+        one = costs.forward_flops(costs.new_mmdit("sd3-medium", 4), 64, 64, costs.TOKENS)
+    assert least < count(costs.count_flops, *flags) / 64 / one <= most
 
 
 def test_an_iteration_reads_nothing_back_from_the_device_and_memory_goes_where_it_should(elsewhere):
     """Over fake tensors: reading a value would raise an error. Bytes for each weight that is trained, fp32: 16."""
     with torch.device("meta"):  # all but the stored table of positions is trained
-        parameters = sum(p.numel() for name, p in evaluate.new_mmdit("sd3-medium", 4).named_parameters() if name != "pos_embed")
-    full, offloaded, adapters = (count(evaluate.count_memory, *flags, size=256) for flags in ([], ["--offload"], ["--lora", "64"]))
+        parameters = sum(p.numel() for name, p in costs.new_mmdit("sd3-medium", 4).named_parameters() if name != "pos_embed")
+    full, offloaded, adapters = (count(costs.count_memory, *flags, size=256) for flags in ([], ["--offload"], ["--lora", "64"]))
     assert 2 * 16 + 2 < full / parameters < 2 * 16 + 6     # student, fake score; teacher in bf16; the rest is activations
     assert full - offloaded > 0.95 * 8 * parameters        # one of the two optimisers' states is elsewhere
     assert adapters < 0.2 * full
-    four, recomputed = (count(evaluate.count_memory, flag, at_once=8, size=512)
+    four, recomputed = (count(costs.count_memory, flag, at_once=8, size=512)
                         for flag in ("--no-recompute", "--recompute"))
     assert recomputed - full < 0.6 * (four - full)
 
 
 def test_an_update_of_stage_2_reads_nothing_back_either_and_recomputes_decoder_and_backbone_too(elsewhere):
-    whole, recomputed = (count(evaluate.count_memory, flag, stage=2, size=1024) for flag in ("--no-recompute", "--recompute"))
+    whole, recomputed = (count(costs.count_memory, flag, stage=2, size=1024) for flag in ("--no-recompute", "--recompute"))
     assert recomputed < 0.65 * whole
 
 
