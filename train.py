@@ -62,6 +62,7 @@ PRESETS = {
         "sd3.5-large": {**STAGE2, "cache": [(3, 12)]}},
 }
 NO_FLAGS = {"alone", "decay"}       # set by the preset only: the discriminator's updates at first; rates that fall to zero
+SAVING = {"at_once", "recompute", "offload", "compile"}  # flags that save memory or time, in stages 1 and 2
 LORA_RATE = 3                       # Stage I: how much faster adapters learn than all weights do, unless rates are given
 LARGE = {"at_once": 1, "recompute": True}  # how the official sizes are trained: nothing of this changes the result
 CLIP_STUDENT, CLIP_FAKE = 2.0, 1.0  # largest norm of the gradients; all of Stage II has the first
@@ -127,7 +128,7 @@ def parse_arguments(words=None):
                         help="run each block again for its backward pass (default: for official sizes)")
     memory.add_argument("--offload", action="store_const", const="cpu",
                         help="keep optimiser states in the CPU's memory between updates")
-    memory.add_argument("--compile", action="store_true", help="torch.compile the transformer blocks")
+    memory.add_argument("--compile", action="store_true", default=None, help="torch.compile the transformer blocks")
     memory.add_argument("--text-cache", default="runs/text", metavar="DIR",
                         help="where the encoded prompts of official models go (default: runs/text)")
     parser.add_argument("--sheet-every", type=positive_int, default=100, help="iterations between contact sheets")
@@ -139,7 +140,8 @@ def parse_arguments(words=None):
     args = parser.parse_args(words)
 
     preset = PRESETS[args.stage][args.preset]
-    for name in {**STAGE1, **STAGE2}.keys() - preset.keys() - NO_FLAGS:
+    useless = {**STAGE1, **STAGE2}.keys() - preset.keys() - NO_FLAGS | (set() if args.stage else SAVING)
+    for name in useless:
         if getattr(args, name) is not None:
             raise weights.UserError(f"--{name.replace('_', '-')} means nothing to --stage {args.stage}")
     large = LARGE if args.preset != "tiny" else {}

@@ -82,6 +82,7 @@ def test_prompts_of_a_file_are_trained_on(train_run, tmp_path, monkeypatch):
     ("--stage 1 --batch 5 --at-once 2", "a batch of 5 cannot be shared out"),
     ("--stage 1 --at-once 0", "not a whole number"),
     ("--stage 0 --lora 2", "--lora means nothing to --stage 0"),
+    ("--stage 0 --at-once 2", "--at-once means nothing to --stage 0"),
     ("--stage 1 --cache 2-5", "--cache means nothing to --stage 1"),
     ("--stage 2 --alpha 0.9", "--alpha means nothing to --stage 2"),
     ("--stage 2", "run `python train.py --stage 1` first"),
