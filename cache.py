@@ -131,9 +131,9 @@ def parse_ranges(text):
     return [tuple(map(int, part.split("-"))) for part in text.split(",")]
 
 
-def check_ranges(ranges, model, steps):
-    """Raise UserError where ranges are not in order, not inside the network, or cannot be used in so few steps."""
-    depth, end = len(model.joint_blocks), -1
+def check_ranges(ranges, depth, steps):
+    """Raise UserError where ranges are not in order, not inside `depth` blocks, or cannot be used in so few steps."""
+    end = -1
     for first, last in ranges:
         if not end < first <= last < depth:
             raise weights.UserError(f"cache range {first}-{last}: blocks are counted from 0 to {depth - 1}, the first comes "
@@ -155,7 +155,7 @@ def load_cache(folder, model, device="cpu", dtype=torch.float32):
     with weights.open_safetensors(file) as opened, weights.explained(file, "a compensator"):
         ranges = [(int(first), int(last)) for first, last in json.loads(opened.metadata()["ranges"])]
     try:
-        check_ranges(ranges, model, steps=2)
+        check_ranges(ranges, len(model.joint_blocks), steps=2)
     except weights.UserError as error:
         raise weights.UserError(f"{file}: a compensator that does not fit the student ({error})") from error
     cache = new_cache(ranges, model.pos_embed.shape[2])

@@ -289,7 +289,7 @@ def generate(pipeline, prompts, seeds, size=None, negative="", steps=None, guida
     shape = pipeline.latent_shape(size)
     sigmas = pipeline.sigmas(steps, shift) if sigmas is None else sigmas
     if pipeline.cache is not None:
-        check_ranges(pipeline.cache.ranges, pipeline.mmdit, steps=len(sigmas) - 1)
+        check_ranges(pipeline.cache.ranges, len(pipeline.mmdit.joint_blocks), steps=len(sigmas) - 1)
     guidance = pipeline.guidance() if guidance is None else guidance
     batch = max(1, LATENTS_AT_ONCE // (shape[1] * shape[2]))
     parts = []

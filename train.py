@@ -402,15 +402,14 @@ def stage2(args):
     """Stage II, adversarial refinement of details with cached blocks (Sec. 3.3 and 3.4), trained as the student samples."""
     prompts = prompts_to_draw(args)
     path = find_student(args)
-    text = open_text(args, prompts)
+    lpips = load_lpips(args.device) if args.lpips else None
+    backbone = load_backbone(args.backbone, args.device) if "adv" in args.objective else None
+    text = open_text(args, prompts)  # may take hours: what can be refused was refused before
     mmdit, (student,), (learned,) = open_networks(args, partial(load_mmdit, path), trained=1)
     initial = load_pipeline(path, args.device, mmdit=mmdit, text=text)
     initial.cache = None
     reference = load_reference(args, initial)
     sigmas = initial.sigmas(args.steps).to(args.device)
-    check_refinement(args, mmdit, steps=len(sigmas) - 1)
-    lpips = load_lpips(args.device) if args.lpips else None
-    backbone = load_backbone(args.backbone, args.device) if "adv" in args.objective else None
     torch.manual_seed(args.seed)  # for the initial weights alone
     cache = new_cache(args.cache, mmdit.pos_embed.shape[2], args.device)
     heads = Heads(backbone.widths).to(args.device) if backbone else None
@@ -512,9 +511,9 @@ def refinement(args, initial, reference, student, cache, sigmas, prompts, backbo
     return draw, learn, optimizers
 
 
-def check_refinement(args, mmdit, steps):
-    """Raise UserError for settings of Stage II that make no sense together."""
-    check_ranges(args.cache, mmdit, steps)
+def check_refinement(args, depth, steps):
+    """Raise UserError for settings of Stage II that make no sense together. depth: blocks of the student."""
+    check_ranges(args.cache, depth, steps)
     if steps < 2:
         raise weights.UserError("Stage II trains the steps after the first: it needs a student of at least 2 steps")
     if args.objective == "kd" and not args.cache:
@@ -524,13 +523,19 @@ def check_refinement(args, mmdit, steps):
 
 
 def find_student(args):
-    """Where the Stage I student is that Stage II starts from. Raises UserError, before text is encoded, if it is none."""
+    """Where the Stage I student is that Stage II starts from. Raises UserError if it is none, or does not go with the settings."""
     if args.student is None and not is_finished(STAGE1_RUN):
         raise weights.UserError("Stage II starts from a Stage I student: run `python train.py --stage 1` first, or name one "
                                 "with --student")
     path = weights.find_model(args.student or STAGE1_RUN)
-    if "sigmas" not in weights.NetworkFiles(path, "transformer").metadata:
+    files = weights.NetworkFiles(path, "transformer")
+    if "sigmas" not in files.metadata:
         raise weights.UserError(f"{path}: no student of Stage I, since it carries no noise levels of its own")
+    with weights.explained(path, "a student: its noise levels are no JSON list"):
+        steps = args.steps or len(json.loads(files.metadata["sigmas"])) - 1
+    check_refinement(args, files.blocks, steps)
+    if args.reference:
+        weights.find_model(args.reference)
     return path
 
 

@@ -1,5 +1,7 @@
 """Stage I: each formula of Sec. 3.2 and 3.3 against numbers worked out another way."""
 
+import statistics
+
 import numpy as np
 import pytest
 import torch
@@ -179,8 +181,8 @@ def test_distribution_matching_moves_a_students_mean_to_the_teachers(steps):
     generator, cond = torch.Generator().manual_seed(0), (torch.zeros(64, 1, 1), torch.zeros(64, 1))
     start, stop, end = dmd.step_windows(steps, 3.0)
     grid, density = flow.teacher_grid(3.0), dmd.importance_density("uniform")
-    optimizer = torch.optim.SGD([m], lr=0.05)
-    for _ in range(200):
+    optimizer = torch.optim.SGD([m], lr=0.01)
+    for _ in range(400):
         noise, again = torch.randn(2, 64, 1, 8, 8, generator=generator)
         now = gaussian(m.detach())
         k = torch.randint(steps, (64,), generator=generator).sort().values
@@ -192,4 +194,5 @@ def test_distribution_matching_moves_a_students_mean_to_the_teachers(steps):
         loss.backward()
         optimizer.step()
         means.append(m.item())
-    assert means[0] < 0.2 and sum(means[-50:]) / 50 == pytest.approx(2.0, abs=0.1)
+    # the median, since a sample near σ = 0 may give a large step; of twelve seeds none is further off than 0.02
+    assert means[0] < 0.2 and statistics.median(means[-100:]) == pytest.approx(2.0, abs=0.05)

@@ -89,6 +89,13 @@ def test_text_that_the_disk_cannot_hold_is_refused_before_it_is_encoded(tmp_path
     assert len(calls) == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flags", ["--cache 8-12", "--reference nowhere", "--objective adv --backbone nowhere"])
+def test_stage_2_refuses_what_it_can_before_text_is_encoded(train_run, two_steps, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(train, "open_text", lambda *args: pytest.fail("text was encoded first"))
+    with pytest.raises(weights.UserError):
+        train_run("--stage", 2, "--student", two_steps, *flags.split(), "--out", tmp_path / "out")
+
+
 # ----------------------------------------------------------------------------------------------------- memory and work
 
 STAGES = {1: "--stage 1 --iterations 2", 2: "--stage 2 --iterations 2 --objective adv --warmup 0 --lora 2"}

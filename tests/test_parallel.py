@@ -62,6 +62,11 @@ def losses(run):
     return {name: value for name, value in json.loads((run / "log.jsonl").read_text().splitlines()[-1]).items() if name != "run"}
 
 
+def alike(one, two):
+    """The losses to rounding; the norm is of a gradient after updates by Adam, which are signs at first: there rounding grows."""
+    return one.pop("norm") == pytest.approx(two.pop("norm"), rel=1e-3) and one == pytest.approx(two, rel=1e-4)
+
+
 def tensors(run):
     """All tensors of a state, whoever wrote which part of them."""
     reader = HuggingFaceStorageReader(str(run / json.loads((run / "state.json").read_text())["tensors"]))
@@ -75,7 +80,7 @@ def tensors(run):
 @pytest.mark.parametrize("what", RUNS)
 def test_two_processes_train_what_one_trains_on_the_same_batch(pairs, what):
     one, two = pairs / "one" / what, pairs / "two" / what
-    assert losses(one) == pytest.approx(losses(two), rel=1e-4)
+    assert alike(losses(one), losses(two))
     one, two = tensors(one), tensors(two)
     assert one.keys() == two.keys()
     for name in one:
@@ -97,7 +102,7 @@ def test_a_state_of_two_processes_goes_on_in_one(pairs, alone, tmp_path):
     torchrun("--stage", 1, "--iterations", 1, "--out", out)
     assert len(list((out / "state-000001").iterdir())) == 2
     alone(*FULL, "--out", out, "--resume")
-    assert losses(out) == pytest.approx(losses(pairs / "one" / "full"), rel=1e-4)
+    assert alike(losses(out), losses(pairs / "one" / "full"))
 
 
 def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):
