@@ -83,11 +83,15 @@ def test_two_processes_train_what_one_trains_on_the_same_batch(pairs, what):
     assert alike(losses(one), losses(two))
     one, two = tensors(one), tensors(two)
     assert one.keys() == two.keys()
-    squares = [name for name in one if name.endswith("exp_avg_sq")]  # of the gradients; rounding grows, as in `alike`
-    assert squares and all((one[name] - two[name]).norm() <= 0.03 * one[name].norm() + 1e-12 for name in squares)
-    moved = [name for name in one if not name.endswith(("step", "exp_avg", "exp_avg_sq"))]
-    off = torch.cat([((one[name] - two[name]).abs() > 5e-5).flatten() for name in moved])  # updates are of 2e-4 to 2e-3
-    assert off.float().mean() < 1e-3  # where a gradient is next to nothing, its sign is a matter of rounding
+    off = {}  # by name: which weights differ; where a gradient is next to nothing, its sign is a matter of rounding
+    for name in one:
+        difference = one[name] - two[name]
+        if name.endswith("exp_avg_sq"):  # of the gradients; rounding grows, as in `alike`
+            assert difference.norm() <= 0.03 * one[name].norm() + 1e-12, name
+        elif not name.endswith(("step", "exp_avg")):
+            off[name] = (difference.abs() > 5e-5).flatten()  # updates are of 2e-4 to 2e-3
+            assert off[name].sum() <= max(1, 0.1 * len(off[name])), name  # of any tensor, most are the same;
+    assert torch.cat(list(off.values())).float().mean() < 1e-3            # of all weights, all but one in a thousand
 
 
 def test_the_student_of_two_processes_is_whole_and_opens_like_any_other(pairs):
