@@ -1,10 +1,12 @@
-"""Stage II: detail-focused adversarial refinement (1.x-Distill, Sec. 3.3), trained together with the block cache (Sec. 3.4).
+"""Stage II: detail-focused adversarial refinement (1.x-Distill, Sec. 3.3), with the block cache in place (Sec. 3.4).
 
 The student is trained exactly as it samples: from pure noise, through all its steps, with cached blocks from the second
-step on, down to the decoded image. A discriminator tells that image from one that a slower reference generator makes of the
-same noise and prompt. It looks through a frozen ConvNeXt, at three of its feature maps and at its embedding of the image.
+step on, down to the decoded image. A discriminator tells that image from one that a slower reference generator makes of
+the same noise and prompt. It looks through a frozen ConvNeXt, at three of its feature maps and at its embedding of the
+image.
 
-The file reads in the order of the data: sampling, losses, discriminator. All but the networks are pure functions.
+One update is one side's turn: `generator_losses` or `discriminator_loss`. What they call stands below them: sampling,
+losses, the discriminator. All but the networks are pure functions.
 """
 
 from functools import partial
@@ -19,14 +21,15 @@ from torch.utils.checkpoint import checkpoint
 
 import flow
 import weights
+from cache import CachedSteps
 
 REAL_LABEL = 0.8  # one-sided label smoothing (Salimans et al. 2016), in the generator's turn as well
 
 
-# ------------------------------------------------------------------------------------------- whose turn it is
+# --------------------------------------------------------------------------------------------------- one update
 
 def is_generator_turn(update, alone, ratio):
-    """Turns (Sec. 3.3): the discriminator's alone at first, then one generator update, `ratio` discriminator updates, and so on."""
+    """Turns (Sec. 3.3): `alone` of the discriminator, then one of the generator, `ratio` of the discriminator, …"""
     return update >= alone and (update - alone) % (1 + ratio) == 0
 
 
@@ -35,102 +38,119 @@ def generator_turns(updates, alone, ratio):
     return max(0, -(-(updates - alone) // (1 + ratio)))
 
 
-# ------------------------------------------------------------------------------------- the student's own sampling
+def generator_losses(student, cache, noise, nodes, cond, decode, discriminator=None, original=None, output_weight=0.0,
+                     feature_weight=0.0):
+    """The generator's turn (Sec. 3.3): its image is to convince -> {name: loss}, for the terms that are wanted.
 
-class CachedStep(NamedTuple):
-    """What a cached step gave, with gradient, and what the whole of that step gives, without."""
-
-    velocity: torch.Tensor          # (B, C, H, W)
-    correction: list                # Δ̃1 = f(Δ0), for each range a pair (B, N, width), (B, L, width)
-    full_velocity: torch.Tensor
-    full_residuals: list            # Δ1
-
-
-def refine(student, noise, sigmas, cond, cache, original=None):
-    """The student's sample as it draws it (Sec. 3.3), with gradient through every step but the first.
-
-    Step 0 runs all blocks, without gradient, and fills the cache; the steps after it use it. With two steps this is the
-    paper's; with more, the gradient also runs from each cached step into the one before.
-
-    original    the student as Stage I left it, to distil from (Fig. 13): it runs the whole of every cached step, from the
-                same state. The paper does not say whose full step it takes; one that does not move keeps the student in place.
-    noise (B, C, H, W), sigmas (n+1,), cond = (context, pooled), cache with or without ranges
-    -> x_0 (B, C, H, W), and a CachedStep for each cached step, none without `original`.
+    student, cache           trained: all weights but the cached blocks', and the compensator (Cache, or None)
+    noise, nodes, cond       (B, C, H, W); σ_0 … σ_n; (context, pooled)
+    decode                   latents -> images (B, 3, H, W) in [-1, 1], with gradient: the frozen autoencoder's
+    discriminator            images -> logits, one tensor a level; None: no adversarial loss, the paper's choice
+    original                 the student as Stage I left it; None: no distillation, which Fig. 13 compares with
     """
-    steps = []
+    latents, later_steps = refine(student, cache, noise, nodes, cond, original)
+    losses = {}
+    if discriminator is not None:
+        losses["adversarial"] = multilevel_loss(discriminator(decode(latents)), REAL_LABEL)
+    if original is not None and output_weight:
+        losses["output"] = output_weight * output_distillation(later_steps)
+    if original is not None and feature_weight and cache is not None:
+        losses["feature"] = feature_weight * feature_distillation(later_steps)
+    return losses
+
+
+def discriminator_loss(student, cache, noise, nodes, cond, decode, discriminator, reference):
+    """The discriminator's turn (Sec. 3.3): real images to the label 0.8, the student's to 0.
+
+    reference(noise, cond) -> latents: a slower generator's sample of the same noise and prompt. The rest as above.
+    """
     with torch.no_grad():
-        velocity, residuals = student(noise, sigmas[0].expand(len(noise)), *cond, cache.ranges)
-        x = flow.euler_step(noise, velocity, sigmas[0], sigmas[1])                      # x_{σ_1}
-    correction = cache.correct(residuals)                                               # Δ̃1, the compensator's gradient
-    for sigma, sigma_next in zip(sigmas[1:-1], sigmas[2:]):
-        velocity = student(x, sigma.expand(len(x)), *cond, cache.ranges, correction)
-        if original is not None:
-            with torch.no_grad():
-                steps.append(CachedStep(velocity, correction, *original(x, sigma.expand(len(x)), *cond, cache.ranges)))
-        x = flow.euler_step(x, velocity, sigma, sigma_next)
-    return x, steps
-
-
-# --------------------------------------------------------------------------------------------------------- losses
-
-def discriminator_loss(backbone, heads, fake, real):
-    """The discriminator's turn: real images to the label 0.8, generated ones to 0. Images (B, 3, H, W) in [-1, 1]."""
-    with torch.no_grad():
-        features = backbone(torch.cat([real, fake]))
-    logits = heads(*features)
+        fake = decode(refine(student, cache, noise, nodes, cond)[0])
+        real = decode(reference(noise, cond))
+    logits = discriminator(torch.cat([real, fake]))
     return (multilevel_loss([level[:len(real)] for level in logits], REAL_LABEL)
             + multilevel_loss([level[len(real):] for level in logits], 0.0))
 
 
-def generator_loss(backbone, heads, fake, recompute=False):
-    """The generator's turn: its images to the label of real ones. recompute: see ConvNeXt.forward.
+# ------------------------------------------------------------------------------------- the student's own sampling
 
-    With 0.8 rather than 1 the gradient turns round once a logit is above ln 4 = 1.39: what convinces is not pushed further.
+class LaterStep(NamedTuple):
+    """What a step after the first gave, with gradient, and what the whole of that step gives, without."""
+
+    velocity: torch.Tensor          # (B, C, H, W)
+    correction: tuple               # Δ̃1 = f(Δ0): (B, N, width), (B, L, width); None without a cache, and so
+    full_velocity: torch.Tensor
+    full_residual: tuple            # Δ1
+
+
+def refine(student, cache, noise, nodes, cond, original=None):
+    """The student's sample as it draws it (Sec. 3.3), with gradient through every step but the first.
+
+    The first step runs all blocks and fills the cache; the steps after it use it (cache.CachedSteps). With two steps
+    this is the paper's; with more, the gradient also runs from each cached step into the one before.
+
+    original    the student as Stage I left it, to distil from (Fig. 13): it runs the whole of every later step, from
+                the same state. The paper does not say whose full step it takes (the released code: the current
+                student's); one that does not move keeps the student in place.
+    -> x_0 (B, C, H, W), and a LaterStep for each step after the first, none without `original`.
     """
-    return multilevel_loss(heads(*backbone(fake, recompute)), REAL_LABEL)
+    x, model, later_steps = noise, CachedSteps(student, cache), []
+    for k, (sigma, sigma_next) in enumerate(zip(nodes[:-1], nodes[1:])):
+        level = sigma.expand(len(x))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and k > 0):
+            velocity = model(x, level, *cond)
+        if original is not None and k > 0:
+            with torch.no_grad():
+                full = original(x, level, *cond, cache.blocks) if cache else (original(x, level, *cond), None)
+            later_steps.append(LaterStep(velocity, model.correction, *full))
+        x = flow.euler_step(x, velocity, sigma, sigma_next)
+    return x, later_steps
 
+
+# --------------------------------------------------------------------------------------------------------- losses
 
 def multilevel_loss(logits, label):
-    """Binary cross-entropy of each level's logits with one label: averaged over a level's batch and map, summed over levels."""
+    """Binary cross-entropy of the logits with one label: mean over a level's batch and map, sum over levels.
+
+    With a label of 0.8 in the generator's turn, its gradient turns round once a logit is above ln 4 = 1.39: what
+    convinces is not pushed further.
+    """
     return sum(F.binary_cross_entropy_with_logits(level.float(), torch.full_like(level, label, dtype=torch.float32))
                for level in logits)
 
 
-def output_distillation(steps):
-    """MSE(v_cache, v_full) (Fig. 13), mean over the cached steps."""
-    return sum(F.mse_loss(step.velocity, step.full_velocity) for step in steps) / len(steps)
+def output_distillation(later_steps):
+    """MSE(v_cache, v_full) (Fig. 13), mean over the steps after the first."""
+    return sum(F.mse_loss(step.velocity, step.full_velocity) for step in later_steps) / len(later_steps)
 
 
-def feature_distillation(steps):
+def feature_distillation(later_steps):
     """MSE(Δ̃1, Δ1) (Fig. 13): of the *prediction* Δ̃1 = f(Δ0); the plain Δ0 has no gradient and would train nothing.
 
-    Summed over ranges and over the two streams, mean over the cached steps.
+    Summed over the two streams, mean over the steps after the first.
     """
-    return sum(F.mse_loss(predicted, true) for step in steps
-               for pair in zip(step.correction, step.full_residuals, strict=True)
-               for predicted, true in zip(*pair, strict=True)) / len(steps)
-
-
-def load_lpips(device, net="vgg"):
-    """LPIPS (Zhang et al. 2018): lpips(a, b), images (B, 3, H, W) in [-1, 1] -> their mean distance.
-
-    Its authors advise the network "vgg" for a loss and "alex" for a measure.
-    """
-    try:
-        from lpips import LPIPS  # an extra: only this term needs it
-    except ImportError as error:
-        raise weights.UserError("--lpips needs the package lpips: pip install lpips, or leave the flag out") from error
-    network = LPIPS(net=net, verbose=False).to(device).requires_grad_(False).eval()
-    return lambda a, b: network(a, b).mean()
+    return sum(F.mse_loss(predicted, true) for step in later_steps
+               for predicted, true in zip(step.correction, step.full_residual, strict=True)) / len(later_steps)
 
 
 # ---------------------------------------------------------------------------------------------- the discriminator
 
+class Discriminator(nn.Module):
+    """The frozen ConvNeXt and the trained heads on it: images (B, 3, H, W) in [-1, 1] -> logits, one tensor a level."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.heads = backbone, Heads(backbone.widths)
+
+    def forward(self, images):
+        return self.heads(*self.backbone(images))
+
+
 class Heads(nn.Module):
     """The part of the discriminator that is trained: a small network on each feature map, one on the embedding.
 
-    widths: channels of the maps; the last is the embedding's. Spectral norm (Miyato et al. 2018) and multi-level heads on a
-    frozen backbone as in vision-aided GANs (Kumari et al. 2022).
+    widths: channels of the maps; the last is the embedding's. Spectral norm (Miyato et al. 2018) and multi-level heads
+    on a frozen backbone as in vision-aided GANs (Kumari et al. 2022).
     """
 
     def __init__(self, widths, hidden=512):
@@ -148,9 +168,9 @@ class Heads(nn.Module):
 
 
 class BlurPool(nn.Module):
-    """A blur before a stride, against aliasing (Zhang 2019): the outer product of (1, 2, 1) / 4. The stride is the convolution's.
+    """A blur before a stride, against aliasing (Zhang 2019): the outer product of (1, 2, 1) / 4, which is our choice.
 
-    The paper does not name the kernel.
+    The stride is that of the convolution behind it.
     """
 
     def forward(self, x):
@@ -173,17 +193,16 @@ class ConvNeXt(nn.Module):
             "stem": nn.Sequential(nn.Conv2d(3, widths[0], 4, stride=4), ChannelNorm(widths[0])),
             "stages": nn.ModuleList(stages), "head": nn.ModuleDict({"norm": nn.LayerNorm(widths[-1], eps=NORM_EPS)})})
         self.head = nn.ModuleDict({"proj": nn.Linear(widths[-1], embedding, bias=False)})
+        self.recompute = False  # training: keep only what enters each block, and run it again for the backward pass
 
-    def forward(self, images, recompute=False):
-        """images (B, 3, H, W) in [-1, 1] -> maps of the first three stages, of sides H/4, H/8, H/16, and the embedding (B, D).
-
-        recompute: keep only what enters each block, and run it again for the backward pass.
-        """
+    def forward(self, images):
+        """images (B, 3, H, W) in [-1, 1] -> maps of the first three stages, of sides H/4, H/8, H/16, and the embedding
+        (B, D)."""
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         x = self.trunk["stem"]((images / 2 + 0.5 - mean) / std)                         # (B, widths[0], H/4, W/4)
         maps = []
         for stage in self.trunk["stages"]:
-            x = stage(x, recompute)                                                     # (B, widths[i], H/4/2^i, W/4/2^i)
+            x = stage(x, self.recompute and torch.is_grad_enabled())                    # (B, widths[i], H/4/2^i, …)
             maps.append(x)
         pooled = self.trunk["head"]["norm"](x.mean(dim=(2, 3)))                         # (B, widths[3])
         return maps[:3], self.head["proj"](pooled)
@@ -246,17 +265,19 @@ def load_backbone(path, device="cpu", dtype=torch.float32):
     """
     folder = weights.find_component(path, "backbone")
     source = weights.NetworkFiles(folder / BACKBONE_FILE if (folder / BACKBONE_FILE).exists() else folder, "backbone")
-    count, shape = source.count, source.shape
-    stages = count("trunk.stages.{}.blocks.0.gamma")
-    with torch.device("meta"), weights.explained(source.path, "an OpenCLIP ConvNeXt"):
+    stages = source.depth("trunk.stages.{}.blocks.0.gamma")
+    if stages != 4:
+        raise weights.UserError(f"{source.path}: holds no ConvNeXt of OpenCLIP (it has {stages} stages, not 4)")
+    with torch.device("meta"):
         network = ConvNeXt(
-            depths=[count(f"trunk.stages.{i}.blocks.{{}}.gamma") for i in range(stages)],
-            widths=[shape(f"trunk.stages.{i}.blocks.0.gamma")[0] for i in range(stages)],
-            embedding=shape("head.proj.weight")[0])
-    return weights.fill(network, source, device, dtype).requires_grad_(False).eval()
+            depths=[source.count(f"trunk.stages.{i}.blocks.{{}}.gamma") for i in range(stages)],
+            widths=[source.shape(f"trunk.stages.{i}.blocks.0.gamma", dimensions=1)[0] for i in range(stages)],
+            embedding=source.shape("head.proj.weight", dimensions=2)[0])
+    return weights.load_tensors(network, source, device, dtype).requires_grad_(False).eval()
 
 
 def save_backbone(network, folder, dtype=None):
     """Write the image tower in OpenCLIP's layout to folder/backbone."""
-    state = {f"visual.{name}": tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
+    state = {weights.PREFIXES["backbone"] + name: tensor.detach().to("cpu", dtype).contiguous()
+             for name, tensor in network.state_dict().items()}
     weights.write_safetensors(Path(folder) / "backbone" / BACKBONE_FILE, state)

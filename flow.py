@@ -7,7 +7,8 @@ x0 and Gaussian noise ε,
 
     x_σ = (1 - σ) x0 + σ ε,        v = ε - x0,        and the network predicts v from (x_σ, σ, text).
 
-Every function takes σ as a tensor of shape (B,), or () for one level that all samples share.
+Every function takes σ as a tensor of shape (B,), or () for one level that all samples share. Levels stay on the CPU,
+where they decide what runs; the formulas bring them to the samples' device.
 """
 
 import torch
@@ -29,7 +30,8 @@ def teacher_grid(shift):
 
 
 def student_nodes(n, shift):
-    """Positions of the student's n + 1 nodes in the teacher grid: σ(linspace(1, 0, n+1)), snapped. Returns int64 (n+1,)."""
+    """Positions of the student's n + 1 nodes in the teacher grid: σ(linspace(1, 0, n+1)), snapped. Returns int64
+    (n+1,)."""
     if n < 1:
         raise ValueError(f"a sampler needs at least one step, not {n}")
     wanted = shift_sigma(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift).float()
@@ -58,7 +60,7 @@ def sd3_sigmas(n, shift):
 
 def per_sample(sigma, x):
     """σ of shape (B,) or () as a tensor that multiplies x of shape (B, …)."""
-    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
+    sigma = torch.as_tensor(sigma, dtype=torch.float32).to(x.device, non_blocking=True)
     return sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
 
 
@@ -71,11 +73,6 @@ def add_noise(x0, noise, sigma):
 def velocity_to_x0(x, velocity, sigma):
     """x̂0 = x_σ - σ v."""
     return x - per_sample(sigma, x) * velocity
-
-
-def velocity_to_noise(x, velocity, sigma):
-    """ε̂ = x_σ + (1 - σ) v."""
-    return x + (1 - per_sample(sigma, x)) * velocity
 
 
 def euler_step(x, velocity, sigma_from, sigma_to):
@@ -109,30 +106,22 @@ def initial_noise(shape, seeds):
 
 
 @torch.no_grad()
-def sample(model, noise, sigmas, cond, uncond=None, guidance=1.0, progress=False, cache=None):
+def sample(model, noise, sigmas, cond, uncond=None, guidance=1.0, progress=False):
     """Euler sampling along `sigmas`, from noise to data.
 
     model     called as model(x, sigma (B,), context, pooled) -> velocity like x
     noise     (B, C, H, W)
     sigmas    (n+1,), decreasing, from 1 to 0
     cond      (context (B, L, D), pooled (B, P)); `uncond` likewise, used when guidance > 1
-    cache     blocks that run in the first step only (cache.Cache)
     Returns the latents x_0, (B, C, H, W).
     """
     x, guided = noise, guidance > 1
     if guided:  # one doubled batch a step rather than two calls
         cond = [torch.cat([u, c]) for u, c in zip(uncond, cond, strict=True)]
-    sigmas, correction = sigmas.to(noise.device), None
-    for sigma, sigma_next in tqdm(list(zip(sigmas[:-1], sigmas[1:])), desc="sampling", disable=not progress, leave=False):
+    steps = list(zip(sigmas[:-1], sigmas[1:]))
+    for sigma, sigma_next in tqdm(steps, desc="sampling", disable=not progress, leave=False):
         inputs = torch.cat([x, x]) if guided else x
-        levels = sigma.expand(len(inputs))
-        if cache is None:
-            velocity = model(inputs, levels, *cond)
-        elif correction is None:  # the first step: all blocks run
-            velocity, residuals = model(inputs, levels, *cond, cache.ranges)
-            correction = cache.correct(residuals)
-        else:
-            velocity = model(inputs, levels, *cond, cache.ranges, correction)
+        velocity = model(inputs, sigma.expand(len(inputs)), *cond)
         if guided:
             uncond_velocity, cond_velocity = velocity.chunk(2)
             velocity = guide(uncond_velocity, cond_velocity, guidance)

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2022): W x + b becomes W x + b + (alpha / r) B A x, and only A and B are trained.
 
-alpha = r, A Gaussian, B zero. In Stage II of 1.x-Distill, on every attention and feed-forward matrix of every block; in Stage
-I, where adapters are ours, on every linear map: with those of Stage II alone the student falls behind (README.md).
-The network with adapters shares all its other weights with the one it is made from, which stays as it is.
+alpha = r, A Gaussian, B zero. In Stage II of 1.x-Distill, on every attention and feed-forward matrix of every block; in
+Stage I, where adapters are ours, on every linear map: with those of Stage II alone the student falls behind
+(README.md). The network with adapters shares all its other weights with the one it is made from, which stays as it is.
 """
 
 import copy
@@ -34,10 +34,12 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + torch.einsum("...pr,por->...po", low, self.lora_B).flatten(-2)  # alpha / r = 1
 
     def merged(self):
-        """The plain linear map that does the same, in fp32, on the CPU: it is to be saved, and the device may be full."""
+        """The plain linear map that does the same, in fp32, on the CPU: it is to be saved, and the device may be
+        full."""
         plain = nn.Linear(self.in_features, self.out_features, device="meta")
-        plain.weight = nn.Parameter(self.weight.cpu() + (self.lora_B @ self.lora_A).flatten(0, 1).cpu(), requires_grad=False)
-        plain.bias = self.bias
+        weight = self.weight.float().cpu() + (self.lora_B @ self.lora_A).flatten(0, 1).float().cpu()
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = None if self.bias is None else nn.Parameter(self.bias.float().cpu(), requires_grad=False)
         return plain
 
 

@@ -4,8 +4,8 @@ Source: Esser et al. 2024 (SD3), Sec. 4, Fig. 2; QK norm and dual attention as i
 SD3.5-Medium (dual attention in its first blocks), SD3.5-Large (QK norm) and the tiny SD3 of this repository.
 
 Image tokens and text tokens run through two streams of weights, `x_block` and `context_block`, that meet only in the
-attention, where every token sees all tokens of both. The condition (noise level and pooled text) shifts, scales and gates
-each sub-layer ("adaLN"). Parameter names are those of Stability's files; weights.py translates the diffusers names.
+attention, where every token sees all tokens of both. The condition (noise level and pooled text) shifts, scales and
+gates each sub-layer ("adaLN"). Parameter names are those of Stability's files; weights.py translates diffusers' names.
 """
 
 import math
@@ -20,7 +20,7 @@ import weights
 
 
 class MMDiT(nn.Module):
-    """`depth` blocks of `width` channels; `dual` holds the indices of the blocks with a second, image-only attention."""
+    """`depth` blocks of `width` channels; those with an index in `dual` have a second attention, among image tokens."""
 
     def __init__(self, depth, width, heads, context_dim, pooled_dim, pos_max, channels=16, patch=2, hidden=None,
                  qk_norm=False, dual=()):
@@ -38,38 +38,39 @@ class MMDiT(nn.Module):
             JointBlock(width, heads, hidden, qk_norm, dual=i in dual, last=i == depth - 1) for i in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels)
 
-    def forward(self, latents, sigma, context, pooled, ranges=None, residuals=None):
+    def forward(self, latents, sigma, context, pooled, cached=None, residual=None):
         """latents (B, C, H, W), sigma (B,) in [0, 1], context (B, L, D), pooled (B, P) -> velocity (B, C, H, W).
 
-        The block cache (1.x-Distill, Sec. 3.4): `ranges` are pairs (a, b) of a first and a last block. With ranges alone every
-        block runs and the pass returns (velocity, residuals): what each range has added to the two streams, a list of pairs
-        (B, N, width), (B, L, width). With `residuals` as well, those blocks do not run: their residuals are added instead.
+        The block cache (1.x-Distill, Sec. 3.4): `cached` = (a, b) are the first and the last cached block. Alone, it
+        changes nothing, but the pass returns (velocity, Δ): Δ is what the blocks a to b have added to the two streams,
+        a pair (B, N, width), (B, L, width). With a `residual` Δ as well, these blocks do not run: Δ is added instead.
         """
         h, w = self.grid_size(*latents.shape[-2:])
-        # that of the weights; the caller's latents, and so its sampler, may stay in fp32, and with autocast so do the streams
+        # that of the weights; the caller's latents may stay in fp32, and with autocast so do the streams
         dtype = latents.dtype if torch.is_autocast_enabled(latents.device.type) else self.pos_embed.dtype
-        t = timestep_features(1000 * sigma).to(dtype)                                   # (B, 256)
+        t = timestep_features(1000 * sigma).to(latents.device, dtype, non_blocking=True)  # (B, 256); σ is on the CPU
         cond = self.t_embedder(t) + self.y_embedder(pooled.to(dtype))                   # (B, width)
         c = self.context_embedder(context.to(dtype)).to(dtype)                          # (B, L, width)
         x = self.x_embedder["proj"](latents.to(dtype)).flatten(2).transpose(1, 2)       # (B, N, width), N = h w
         x = x.to(dtype).contiguous() + self.crop_pos_embed(h, w)                        # (B, N, width)
-        found = []
-        for blocks, j in split_blocks(list(self.joint_blocks), ranges or []):
-            before = x, c
-            if j is not None and residuals is not None:
-                x, c = x + residuals[j][0], c + residuals[j][1]
+        first, last = cached or (None, None)
+        for i, block in enumerate(self.joint_blocks):
+            if i == first:
+                x_before, c_before = x, c
+            if residual is not None and first <= i <= last:
+                if i == last:
+                    x, c = x + residual[0], c + residual[1]
                 continue
-            for block in blocks:
-                if self.recompute and torch.is_grad_enabled():
-                    block = partial(checkpoint, block, use_reentrant=False)
-                x, c = block(x, c, cond)                                                # (B, N, width), (B, L, width)
-            if j is not None:
-                found.append((x - before[0], c - before[1]))
+            if self.recompute and torch.is_grad_enabled():
+                block = partial(checkpoint, block, use_reentrant=False)
+            x, c = block(x, c, cond)                                                    # (B, N, width), (B, L, width)
+            if i == last:
+                delta = x - x_before, c - c_before
         x = self.final_layer(x, cond)                                                   # (B, N, p p C)
         x = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (h, w))           # (B, h, w, p, p, C)
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                     # (B, C, h p, w p)
-        x = x.to(latents.dtype)
-        return x if ranges is None or residuals is not None else (x, found)
+        velocity = x.to(latents.dtype)
+        return velocity if cached is None or residual is not None else (velocity, delta)
 
     def grid_size(self, height, width):
         """Tokens down and across for a latent of this size. Raises UserError where the network cannot take it."""
@@ -87,7 +88,7 @@ class MMDiT(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Two streams, one attention. In the last block the text side only feeds the attention: nothing reads it afterwards."""
+    """Two streams, one attention. In the last block the text side only feeds it: nothing reads the text afterwards."""
 
     def __init__(self, width, heads, hidden, qk_norm, dual, last):
         super().__init__()
@@ -200,16 +201,6 @@ def timestep_features(t):
     return torch.cat([angles.cos(), angles.sin()], dim=1)                               # (B, 256)
 
 
-def split_blocks(blocks, ranges):
-    """Cut a list of blocks at the cached ranges: yields (blocks, j) in order, j the index of the range or None outside them."""
-    done = 0
-    for j, (first, last) in enumerate(ranges):
-        yield blocks[done:first], None
-        yield blocks[first:last + 1], j
-        done = last + 1
-    yield blocks[done:], None
-
-
 def layer_norm(x):
     """LayerNorm over the channels, without weights: adaLN supplies shift and scale."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
@@ -233,26 +224,36 @@ HEAD_WIDTH = 64  # of every SD3; the number of heads is the one size that the te
 def load_mmdit(path, device="cpu", dtype=torch.float32):
     """The transformer of a Stability file, a diffusers folder, its `transformer/`, or a Hugging Face repository id.
 
-    All sizes are read off the tensors. Raises UserError, naming the tensor, where one is missing, left over, of the wrong
-    shape or not finite.
+    Raises UserError, naming the tensor, where one is missing, left over, of the wrong shape or not finite.
     """
     source = weights.NetworkFiles(path, "transformer")
-    depth = source.count("joint_blocks.{}.x_block.attn.proj.weight")
-    with torch.device("meta"), weights.explained(source.path, "an SD3 transformer"):  # sizes may make no sense
-        width, channels, patch, _ = source.shape("x_embedder.proj.weight")
-        heads = source.config.get("num_attention_heads", width // HEAD_WIDTH)
-        if width % heads:
-            raise weights.UserError(f"{source.path}: a width of {width} is no multiple of {heads} heads")
-        model = MMDiT(
+    model = empty_mmdit(source)
+    model.settings = {**source.config, **source.metadata}
+    return weights.load_tensors(model, source, device, dtype).requires_grad_(False).eval()
+
+
+def empty_mmdit(source):
+    """A network of the size that the tensors of a file show, without memory for weights."""
+    depth = source.depth("joint_blocks.{}.x_block.attn.proj.weight")
+    width, channels, patch, _ = source.shape("x_embedder.proj.weight", dimensions=4)
+    heads = source.config.get("num_attention_heads", max(1, width // HEAD_WIDTH))
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise weights.UserError(f"{source.path}: a width of {width} cannot be shared out among {heads} heads")
+    with torch.device("meta"):
+        return MMDiT(
             depth=depth, width=width, heads=heads, channels=channels, patch=patch,
-            context_dim=source.shape("context_embedder.weight")[1],
-            pooled_dim=source.shape("y_embedder.mlp.0.weight")[1],
-            pos_max=math.isqrt(source.shape("pos_embed")[1]),
-            hidden=source.shape("joint_blocks.0.x_block.mlp.fc1.weight")[0],
+            context_dim=source.shape("context_embedder.weight", dimensions=2)[1],
+            pooled_dim=source.shape("y_embedder.mlp.0.weight", dimensions=2)[1],
+            pos_max=math.isqrt(source.shape("pos_embed", dimensions=3)[1]),
+            hidden=source.shape("joint_blocks.0.x_block.mlp.fc1.weight", dimensions=2)[0],
             qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in source,
             dual=[i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.proj.weight" in source])
-    model.settings = {**source.config, **source.metadata}
-    return weights.fill(model, source, device, dtype).requires_grad_(False).eval()
+
+
+def read_shapes(path):
+    """{name: shape} of a transformer on disk, and what the header of its tensor file says; no weights are read."""
+    source = weights.NetworkFiles(path, "transformer")
+    return {name: tuple(tensor.shape) for name, tensor in empty_mmdit(source).state_dict().items()}, source.metadata
 
 
 def save_mmdit(model, folder, metadata=None, dtype=None, sample_size=128):

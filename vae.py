@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import weights
+from commandline import UserError
 
 
 class VAE(nn.Module):
-    """`widths`: channels at each resolution, from the image's down. Latents are shifted and scaled to about unit variance."""
+    """`widths`: channels at each resolution, from the image's down. Latents are shifted and scaled to unit variance."""
 
     def __init__(self, widths=(128, 256, 512, 512), layers=2, channels=16, groups=32, scale=1.5305, shift=0.0609):
         super().__init__()
@@ -33,12 +34,9 @@ class VAE(nn.Module):
         """images (B, 3, H, W) -> mean and log-variance of the posterior, (B, 16, H/8, W/8) each, unscaled."""
         return self.encoder(images).chunk(2, dim=1)
 
-    def decode(self, latents, recompute=False):
-        """latents (B, 16, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], not clamped.
-
-        recompute: keep only what enters each block, and run it again for the backward pass.
-        """
-        return self.decoder(latents / self.scale + self.shift, recompute)
+    def decode(self, latents):
+        """latents (B, 16, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], not clamped."""
+        return self.decoder(latents / self.scale + self.shift)
 
 
 class Encoder(nn.Module):
@@ -48,8 +46,9 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for level, (before, width) in enumerate(zip((widths[0], *widths), widths)):
             blocks = nn.ModuleList(ResBlock(before if i == 0 else width, width, groups) for i in range(layers))
-            last = level == len(widths) - 1
-            self.down.append(nn.ModuleDict({"block": blocks} if last else {"block": blocks, "downsample": Downsample(width)}))
+            self.down.append(nn.ModuleDict({"block": blocks}))
+            if level < len(widths) - 1:
+                self.down[level]["downsample"] = Downsample(width)
         self.mid = Middle(widths[-1], groups)
         self.norm_out = group_norm(groups, widths[-1])
         self.conv_out = conv3(widths[-1], 2 * channels)
@@ -78,12 +77,13 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(reversed(levels))  # stored from the image's resolution down, run from the latents' up
         self.norm_out = group_norm(groups, widths[0])
         self.conv_out = conv3(widths[0], 3)
+        self.recompute = False  # training: keep only what enters each block, and run it again for the backward pass
 
-    def forward(self, z, recompute=False):
+    def forward(self, z):
         h = self.mid(self.conv_in(z))                                                   # (B, widths[-1], h, w)
         for level in reversed(self.up):
             for block in level["block"]:
-                if recompute:
+                if self.recompute and torch.is_grad_enabled():
                     block = partial(checkpoint, block, use_reentrant=False)
                 h = block(h)
             if "upsample" in level:
@@ -161,21 +161,29 @@ def group_norm(groups, width):
 def load_vae(path, device="cpu", dtype=torch.float32):
     """The autoencoder of a Stability file, a diffusers folder, its `vae/`, or a Hugging Face repository id.
 
-    Sizes are read off the tensors; the number of groups, scale and shift off `config.json` or the header of a single file,
-    where they say. Raises UserError as mmdit.load_mmdit does.
+    Sizes are read off the tensors; the number of groups, scale and shift off `config.json` or the header of a single
+    file, where they say. Raises UserError as mmdit.load_mmdit does.
     """
     source = weights.NetworkFiles(path, "vae")
-    said = {**source.metadata, **source.config}
-    levels = source.count("encoder.down.{}.block.0.conv1.weight")
-    with torch.device("meta"), weights.explained(source.path, "an SD3 autoencoder"):  # sizes may make no sense
-        model = VAE(
-            widths=[source.shape(f"encoder.down.{i}.block.0.conv2.weight")[0] for i in range(levels)],
-            layers=source.count("encoder.down.0.block.{}.conv1.weight"),
-            channels=source.shape("decoder.conv_in.weight")[1],
-            groups=int(said.get("norm_num_groups", 32)),
-            scale=float(said.get("scaling_factor", 1.5305)),
-            shift=float(said.get("shift_factor", 0.0609)))
-    return weights.fill(model, source, device, dtype).requires_grad_(False).eval()
+    levels = source.depth("encoder.down.{}.block.0.conv2.weight")
+    widths = [source.shape(f"encoder.down.{i}.block.0.conv2.weight", dimensions=4)[0] for i in range(levels)]
+    groups = read_number(source, "norm_num_groups", 32)
+    scale, shift = read_number(source, "scaling_factor", 1.5305), read_number(source, "shift_factor", 0.0609)
+    if groups < 1 or groups % 1 or any(width % groups for width in widths):
+        raise UserError(f"{source.path}: {widths} channels cannot be normed in {groups:g} groups")
+    if scale == 0:
+        raise UserError(f"{source.path}: latents cannot be scaled by 0")
+    layers = source.count("encoder.down.0.block.{}.conv1.weight")
+    channels = source.shape("decoder.conv_in.weight", dimensions=4)[1]
+    with torch.device("meta"):
+        model = VAE(widths, layers, channels, int(groups), scale, shift)
+    return weights.load_tensors(model, source, device, dtype).requires_grad_(False).eval()
+
+
+def read_number(source, name, default):
+    """A number of config.json or, for a single file, of the header. Raises UserError where it is none."""
+    value = source.config.get(name, source.metadata.get(name, default))
+    return weights.parse_number(value, f"{source.path}: {name}")
 
 
 def save_vae(vae, folder, dtype=None):

@@ -1,6 +1,5 @@
 """Stage II: turns, gradients, losses and the discriminator of Sec. 3.3, against numbers worked out another way."""
 
-import builtins
 import math
 
 import pytest
@@ -11,8 +10,8 @@ from transformers import ConvNextConfig, ConvNextModel
 import adversarial
 import cache
 import flow
-import sample
-import weights
+import pipeline
+from commandline import UserError
 from test_cache import random_inputs, random_network
 
 
@@ -37,62 +36,62 @@ def test_the_released_warm_up_of_1000_updates_is_317_of_the_compensators_own():
 
 # ------------------------------------------------------------------------------------------------- gradients of a turn
 
-def train_mode(ranges):
-    student, used = random_network().requires_grad_(True), cache.new_cache(ranges, 128)
+def train_mode(blocks):
+    student, used = random_network().requires_grad_(True), cache.new_cache(blocks, 128) if blocks else None
     student.pos_embed.requires_grad_(False)
     x, _, context, pooled = random_inputs()
     return student, used, x, (context, pooled)
 
 
-@pytest.mark.parametrize("ranges", [[(1, 3)], [(0, 1), (3, 4)], []], ids=str)
+@pytest.mark.parametrize("blocks", [(1, 3), (0, 4), None], ids=str)
 @pytest.mark.parametrize("steps", [2, 4])
-def test_no_gradient_from_the_first_step_none_in_cached_blocks_and_some_everywhere_else(ranges, steps):
-    student, used, noise, cond = train_mode(ranges)
-    noise.requires_grad_(True)
+def test_no_gradient_from_the_first_step_none_in_cached_blocks_and_some_everywhere_else(blocks, steps):
+    student, used, noise, cond = train_mode(blocks)
     calls = []
     student.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    x, _ = adversarial.refine(student, noise, flow.student_sigmas(steps, 3.0), cond, used)
+    x, _ = adversarial.refine(student, used, noise, flow.student_sigmas(steps, 3.0), cond)
     x.square().mean().backward()
     assert calls == [False] + [True] * (steps - 1)
-    assert noise.grad is None
     trained = {name for name, p in student.named_parameters() if p.grad is not None}
-    inside = {name for name in dict(student.named_parameters()) for first, last in ranges
-              for i in range(first, last + 1) if name.startswith(f"joint_blocks.{i}.")}
+    inside = {name for name in dict(student.named_parameters()) if blocks
+              for i in range(blocks[0], blocks[1] + 1) if name.startswith(f"joint_blocks.{i}.")}
     assert not trained & inside
     assert trained == {name for name, p in student.named_parameters() if p.requires_grad} - inside
-    assert all(p.grad is not None for p in used.compensators.parameters())
+    assert not used or all(p.grad is not None for p in used.compensator.parameters())
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ranges", [[(1, 3)], []], ids=str)
-def test_training_draws_exactly_what_sampling_draws(ranges):
-    student, used, noise, cond = train_mode(ranges)
-    for compensator in used.compensators:
-        torch.nn.init.normal_(compensator.image.fc2.weight, std=0.1)
-    sigmas = flow.student_sigmas(4, 3.0)
-    x, steps = adversarial.refine(student, noise, sigmas, cond, used)
-    assert torch.allclose(x, flow.sample(student, noise, sigmas, cond, cache=used if ranges else None), atol=1e-5) and not steps
+@pytest.mark.parametrize("blocks", [(1, 3), None], ids=str)
+def test_training_draws_exactly_what_sampling_draws(blocks):
+    student, used, noise, cond = train_mode(blocks)
+    if used:
+        torch.nn.init.normal_(used.compensator.image.fc2.weight, std=0.1)
+    nodes = flow.student_sigmas(4, 3.0)
+    x, steps = adversarial.refine(student, used, noise, nodes, cond)
+    assert torch.equal(x, flow.sample(cache.CachedSteps(student, used), noise, nodes, cond)) and not steps
 
 
-def test_distillation_compares_each_cached_step_with_the_original_students_whole_step():
-    student, used, noise, cond = train_mode([(1, 3)])
-    original, sigmas = random_network(), flow.student_sigmas(4, 3.0)
+@pytest.mark.parametrize("blocks", [(1, 3), None], ids=str)
+def test_distillation_compares_each_later_step_with_the_original_students_whole_step(blocks):
+    student, used, noise, cond = train_mode(blocks)
+    original, nodes = random_network(), flow.student_sigmas(4, 3.0)
     original.final_layer.linear.bias.add_(1)
-    x, steps = adversarial.refine(student, noise, sigmas, cond, used, original)
+    x, steps = adversarial.refine(student, used, noise, nodes, cond, original)
     assert len(steps) == 3
-    first = flow.euler_step(noise, student(noise, sigmas[0].expand(2), *cond), sigmas[0], sigmas[1])
-    velocity, residuals = original(first, sigmas[1].expand(2), *cond, used.ranges)
-    assert torch.allclose(steps[0].full_velocity, velocity, atol=1e-5)
-    assert torch.allclose(steps[0].full_residuals[0][1], residuals[0][1], atol=1e-5)
-    assert not steps[0].full_velocity.requires_grad and not steps[0].full_residuals[0][0].requires_grad
+    first = flow.euler_step(noise, student(noise, nodes[0].expand(2), *cond), nodes[0], nodes[1])
+    velocity, residual = original(first, nodes[1].expand(2), *cond, (1, 3))
+    assert torch.allclose(steps[0].full_velocity, velocity, atol=1e-5) and not steps[0].full_velocity.requires_grad
+    if blocks:
+        assert torch.allclose(steps[0].full_residual[1], residual[1], atol=1e-5)
+        assert not steps[0].full_residual[0].requires_grad
 
 
 def test_feature_distillation_trains_the_compensators_prediction():
-    student, used = sample.load_pipeline(sample.TINY).mmdit, cache.new_cache([(5, 8)], 128)
-    noise, cond = torch.randn(8, 16, 8, 8), (torch.randn(8, 27, 128), torch.randn(8, 128))
-    optimizer, losses = torch.optim.Adam(used.compensators.parameters(), lr=1e-2), []
+    student, used = pipeline.load_pipeline(pipeline.TINY).mmdit, cache.new_cache((5, 8), 128)
+    noise, cond = torch.randn(4, 16, 8, 8), (torch.randn(4, 27, 128), torch.randn(4, 128))
+    optimizer, losses = torch.optim.Adam(used.compensator.parameters(), lr=1e-2), []
     for _ in range(20):
-        _, steps = adversarial.refine(student, noise, flow.student_sigmas(2, 3.0), cond, used, student)
+        _, steps = adversarial.refine(student, used, noise, flow.student_sigmas(2, 3.0), cond, student)
         loss = adversarial.feature_distillation(steps)
         optimizer.zero_grad()
         loss.backward()
@@ -103,7 +102,8 @@ def test_feature_distillation_trains_the_compensators_prediction():
 
 def test_distillation_terms_by_hand():
     one, two = torch.ones(2, 3, 4), torch.full((2, 5, 4), 2.0)
-    step = adversarial.CachedStep(torch.full((2, 1, 2, 2), 3.0), [(one, two)], torch.ones(2, 1, 2, 2), [(one * 2, two * 2.5)])
+    step = adversarial.LaterStep(torch.full((2, 1, 2, 2), 3.0), (one, two),
+                                 torch.ones(2, 1, 2, 2), (one * 2, two * 2.5))
     other = step._replace(velocity=torch.full((2, 1, 2, 2), 2.0))
     assert adversarial.output_distillation([step, other]).item() == pytest.approx((4 + 1) / 2)
     assert adversarial.feature_distillation([step, other]).item() == pytest.approx(1 + 9)
@@ -116,27 +116,29 @@ def bce(logit, label):
     return -label * math.log(p) - (1 - label) * math.log(1 - p)
 
 
-class Fixed:
-    """Heads and a backbone whose logits depend on an image's mean alone: a map of two values, and one for the embedding."""
+def fixed_discriminator(images):
+    """Logits that depend on an image's mean alone: a map of two values, and one for the embedding."""
+    mean = images.mean(dim=(1, 2, 3))
+    return [torch.stack([mean, 2 * mean], dim=1).reshape(-1, 1, 1, 2), 3 * mean[:, None]]
 
-    def __call__(self, *features):
-        images, = features
-        mean = images.mean(dim=(1, 2, 3))
-        return [torch.stack([mean, 2 * mean], dim=1).reshape(-1, 1, 1, 2), 3 * mean[:, None]]
 
-    @staticmethod
-    def backbone(images, recompute=False):
-        return (images,)
+def constant_generator(value):
+    """A student of one step from any noise to a latent of this value."""
+    return lambda x, sigma, context, pooled: x - value
 
 
 def test_multilevel_losses_by_hand():
-    real, fake = torch.full((1, 3, 4, 4), 0.5), torch.full((1, 3, 4, 4), -0.25)
+    """The student's image is -0.25 everywhere, the reference's 0.5; latents are images here."""
+    inputs = (constant_generator(-0.25), None, torch.ones(1, 3, 4, 4), torch.tensor([1.0, 0.0]), (None, None),
+              lambda z: z)
     expected_real = (bce(0.5, 0.8) + bce(1.0, 0.8)) / 2 + bce(1.5, 0.8)
     expected_fake = (bce(-0.25, 0) + bce(-0.5, 0)) / 2 + bce(-0.75, 0)
-    loss = adversarial.discriminator_loss(Fixed.backbone, Fixed(), fake, real)
+    loss = adversarial.discriminator_loss(*inputs, fixed_discriminator, lambda noise, cond: 0.5 * noise)
     assert loss.item() == pytest.approx(expected_real + expected_fake, rel=1e-5)
-    generator = adversarial.generator_loss(Fixed.backbone, Fixed(), fake)
-    assert generator.item() == pytest.approx((bce(-0.25, 0.8) + bce(-0.5, 0.8)) / 2 + bce(-0.75, 0.8), rel=1e-5)
+    losses = adversarial.generator_losses(*inputs, fixed_discriminator)
+    assert list(losses) == ["adversarial"]
+    expected = (bce(-0.25, 0.8) + bce(-0.5, 0.8)) / 2 + bce(-0.75, 0.8)
+    assert losses["adversarial"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("logit, sign", [(1.3, -1), (math.log(4), 0), (1.5, 1)])
@@ -146,45 +148,58 @@ def test_the_generators_gradient_changes_its_sign_at_ln_4(logit, sign):
     assert logits.grad.item() == pytest.approx(0, abs=1e-6) if sign == 0 else logits.grad.item() * sign > 0
 
 
-def test_only_the_heads_learn_in_the_discriminators_turn_and_only_the_image_in_the_generators():
-    backbone = adversarial.load_backbone(sample.TINY)
-    heads = adversarial.Heads(backbone.widths, hidden=8)
-    fake, real = (torch.rand(2, 3, 64, 64, requires_grad=True) for _ in range(2))
-    adversarial.discriminator_loss(backbone, heads, fake, real).backward()
-    assert fake.grad is None and real.grad is None and all(p.grad is not None for p in heads.parameters())
-    adversarial.generator_loss(backbone, heads, fake).backward()
-    assert fake.grad.abs().sum() > 0 and all(p.grad is None for p in backbone.parameters())
+def test_only_the_heads_learn_in_the_discriminators_turn_and_only_the_student_in_the_generators():
+    torch.manual_seed(0)
+    model = pipeline.load_pipeline(pipeline.TINY)
+    student, used, discriminator = model.mmdit.requires_grad_(True), cache.new_cache((1, 4), 128), \
+        adversarial.Discriminator(adversarial.load_backbone(pipeline.TINY))
+    cond = torch.randn(2, 27, 128), torch.randn(2, 128)
+    inputs = (student, used, torch.randn(2, 16, 8, 8), torch.tensor([1.0, 0.75, 0.0]), cond, model.vae.decode,
+              discriminator)
+
+    def learned(*modules):
+        return [any(p.grad is not None for p in module.parameters()) for module in modules]
+
+    adversarial.discriminator_loss(*inputs, lambda noise, cond: noise).backward()
+    assert learned(discriminator.heads, student, used.compensator, discriminator.backbone,
+                   model.vae) == [True] + 4 * [False]
+    discriminator.heads.zero_grad(set_to_none=True)
+    discriminator.heads.requires_grad_(False)
+    losses = adversarial.generator_losses(*inputs)
+    losses["adversarial"].backward()
+    assert learned(student, used.compensator, discriminator.heads, discriminator.backbone,
+                   model.vae) == 2 * [True] + 3 * [False]
+
+
+def test_terms_of_weight_zero_are_not_computed(monkeypatch):
+    student, used, noise, cond = train_mode((1, 3))
+    inputs = student, used, noise, flow.student_sigmas(2, 3.0), cond, lambda latents: pytest.fail("decoded")
+    for name in ("output", "feature"):
+        monkeypatch.setattr(adversarial, f"{name}_distillation", lambda steps, name=name: torch.tensor(1.0))
+    assert list(adversarial.generator_losses(*inputs, None, random_network(), 1.0, 1.0)) == ["output", "feature"]
+    for name, weights in (("output", (0.0, 1.0)), ("feature", (1.0, 0.0))):
+        with monkeypatch.context() as patch:
+            patch.setattr(adversarial, f"{name}_distillation", lambda steps: pytest.fail("computed"))
+            assert len(adversarial.generator_losses(*inputs, None, random_network(), *weights)) == 1
 
 
 def test_the_discriminator_learns_to_tell_blurred_pictures_from_sharp_ones():
     """The frozen tiny backbone sees detail, and the heads can use it."""
     torch.manual_seed(0)
-    backbone = adversarial.load_backbone(sample.TINY)
-    heads = adversarial.Heads(backbone.widths, hidden=32)
-    optimizer = torch.optim.Adam(heads.parameters(), lr=3e-3)
+    discriminator = adversarial.Discriminator(adversarial.load_backbone(pipeline.TINY))
+    discriminator.heads = adversarial.Heads(discriminator.backbone.widths, hidden=32)
+    optimizer = torch.optim.Adam(discriminator.heads.parameters(), lr=3e-3)
     checks = torch.randn(16, 3, 8, 8).sign().repeat_interleave(8, 2).repeat_interleave(8, 3)
     blurred = torch.nn.functional.avg_pool2d(checks, 3, stride=1, padding=1, count_include_pad=False)
     losses = []
     for _ in range(40):
-        loss = adversarial.discriminator_loss(backbone, heads, blurred, checks)
+        loss = (adversarial.multilevel_loss(discriminator(checks), adversarial.REAL_LABEL)
+                + adversarial.multilevel_loss(discriminator(blurred), 0.0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-
-
-def test_lpips_without_its_package_is_a_clear_error(monkeypatch):
-    importer = builtins.__import__
-
-    def without(name, *arguments, **keywords):
-        if name == "lpips":
-            raise ImportError(name)
-        return importer(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(weights.UserError, match="pip install lpips"):
-        adversarial.load_lpips("cpu")
 
 
 # ------------------------------------------------------------------------------------------------------ the networks
@@ -193,7 +208,8 @@ def test_head_logits_have_a_quarter_of_the_maps_sides_and_each_matrix_has_norm_o
     torch.manual_seed(0)
     heads = adversarial.Heads((4, 6, 8, 10), hidden=16)
     for _ in range(30):  # the power iterations of spectral norm
-        logits = heads([torch.randn(2, 4, 16, 16), torch.randn(2, 6, 8, 8), torch.randn(2, 8, 4, 4)], torch.randn(2, 10))
+        logits = heads([torch.randn(2, 4, 16, 16), torch.randn(2, 6, 8, 8), torch.randn(2, 8, 4, 4)],
+                       torch.randn(2, 10))
     assert [tuple(level.shape) for level in logits] == [(2, 1, 4, 4), (2, 1, 2, 2), (2, 1, 1, 1), (2, 1)]
     matrices = [m for m in heads.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     assert len(matrices) == 8
@@ -224,9 +240,11 @@ def open_clip_names(state):
     names = {}
     for name, tensor in state.items():
         for theirs, ours in (("embeddings.patch_embeddings.", "stem.0."), ("embeddings.layernorm.", "stem.1."),
-                             ("encoder.stages.", "stages."), ("downsampling_layer.", "downsample."), (".layers.", ".blocks."),
+                             ("encoder.stages.", "stages."), ("downsampling_layer.", "downsample."),
+                             (".layers.", ".blocks."),
                              (".dwconv.", ".conv_dw."), (".layernorm.", ".norm."), (".pwconv1.", ".mlp.fc1."),
-                             (".pwconv2.", ".mlp.fc2."), ("layer_scale_parameter", "gamma"), ("layernorm.", "head.norm.")):
+                             (".pwconv2.", ".mlp.fc2."), ("layer_scale_parameter", "gamma"),
+                             ("layernorm.", "head.norm.")):
             if not (theirs == "layernorm." and not name.startswith("layernorm.")):
                 name = name.replace(theirs, ours)
         names[f"visual.trunk.{name}"] = tensor.contiguous()
@@ -257,7 +275,8 @@ def test_convnext_computes_what_transformers_computes_and_leaves_a_text_tower_al
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda s: s.pop("visual.trunk.stages.1.blocks.0.norm.bias"), "visual.trunk.stages.1.blocks.0.norm.bias is missing"),
+    (lambda s: s.pop("visual.trunk.stages.1.blocks.0.norm.bias"),
+     "visual.trunk.stages.1.blocks.0.norm.bias is missing"),
     (lambda s: s.pop("visual.trunk.stem.0.weight"), "holds no ConvNeXt"),
     (lambda s: s.update({"visual.trunk.extra": torch.ones(1)}), "visual.trunk.extra does not belong there"),
     (lambda s: s.update({"visual.head.proj.weight": torch.ones(64, 7)}), "has shape"),
@@ -265,15 +284,15 @@ def test_convnext_computes_what_transformers_computes_and_leaves_a_text_tower_al
     (lambda s: s.clear() or s.update({"weight": torch.ones(1)}), "holds no ConvNeXt"),
 ])
 def test_a_damaged_backbone_is_named(change, words, tmp_path):
-    state = load_file(sample.TINY / "backbone" / adversarial.BACKBONE_FILE)
+    state = load_file(pipeline.TINY / "backbone" / adversarial.BACKBONE_FILE)
     change(state)
     save_file(state, tmp_path / adversarial.BACKBONE_FILE)
-    with pytest.raises(weights.UserError, match=words):
+    with pytest.raises(UserError, match=words):
         adversarial.load_backbone(tmp_path)
 
 
 def test_saving_the_backbone_is_the_inverse_of_loading(tmp_path):
-    network = adversarial.load_backbone(sample.TINY)
+    network = adversarial.load_backbone(pipeline.TINY)
     adversarial.save_backbone(network, tmp_path)
     again = adversarial.load_backbone(tmp_path).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in network.state_dict().items())

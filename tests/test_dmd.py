@@ -38,16 +38,41 @@ def test_density_c_prefers_high_noise_and_d_low():
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_windows_of_the_steps_share_out_all_levels_above_zero(n):
-    start, stop, end = dmd.step_windows(n, 3.0)
-    assert torch.cat([torch.arange(a, b) for a, b in zip(start, stop)]).tolist() == list(range(1000))
-    grid = flow.teacher_grid(3.0)
-    assert torch.equal(grid[end], flow.student_sigmas(n, 3.0)[1:])
-    assert all(grid[b - 1] > grid[e] for b, e in zip(stop, end))  # σ stays above the level that is renoised from
+    windows = dmd.step_windows(n, 3.0)
+    assert torch.cat([torch.arange(a, b) for a, b in zip(windows.start, windows.stop)]).tolist() == list(range(1000))
+    assert torch.equal(windows.nodes, flow.student_sigmas(n, 3.0)) and torch.equal(windows.end, windows.nodes[1:])
+    # σ stays above the level that is renoised from
+    assert all(windows.grid[stop - 1] > end for stop, end in zip(windows.stop, windows.end))
 
 
 def test_whole_windows_compare_every_step_at_all_levels_of_its_clean_estimate():
-    start, stop, end = dmd.step_windows(2, 3.0, whole=True)
-    assert start.tolist() == [0, 0] and stop.tolist() == [1000, 1000] and end.tolist() == [1000, 1000]
+    windows = dmd.step_windows(2, 3.0, whole=True)
+    assert (windows.start.tolist(), windows.stop.tolist(), windows.end.tolist()) == ([0, 0], [1000, 1000], [0, 0])
+    assert windows.nodes.tolist() == [1, 0.75, 0]
+
+
+def test_the_two_losses_draw_their_steps_separately_and_the_rollout_covers_both():
+    batch = dmd.draw_batch(4000, (1, 1, 1), dmd.step_windows(4, 3.0), dmd.importance_density("c"),
+                           torch.Generator().manual_seed(0))
+    (fake, student), windows = (batch.fake, batch.student), dmd.step_windows(4, 3.0)
+    assert torch.equal(batch.steps, torch.maximum(fake.k + 1, student.k))
+    assert torch.equal(batch.steps, batch.steps.sort().values)
+    assert (fake.k == student.k).float().mean().item() == pytest.approx(1 / 4, abs=0.03)
+    for levels in (fake, student):
+        assert torch.bincount(levels.k).tolist() == pytest.approx([1000] * 4, abs=120)
+        assert (levels.sigma <= windows.nodes[levels.k]).all() and (levels.sigma > windows.end[levels.k]).all()
+    first = [(levels.sigma[levels.k == 2] - 0.625).sign().mean().item() for levels in (fake, student)]
+    assert abs(first[0]) < 0.3 < first[1]  # window (0.5, 0.75]: uniform in the grid, or by c, nearer to its start
+
+
+def test_an_iteration_at_the_released_settings_costs_12_4_passes_a_sample():
+    """Rollout, fake score and student with recomputation (4 each), teacher and its guided share, fake score once
+    more."""
+    batch = dmd.draw_batch(20_000, (1, 1, 1), dmd.step_windows(2, 3.0), dmd.importance_density("c"),
+                           torch.Generator().manual_seed(0))
+    guided = (batch.student.sigma <= 0.96).float().mean().item()
+    assert guided == pytest.approx(0.88, abs=0.01)
+    assert batch.steps.float().mean().item() + 4 + 4 + 1 + guided + 1 == pytest.approx(12.4, abs=0.05)
 
 
 def test_levels_are_drawn_from_the_density_inside_their_window():
@@ -81,8 +106,8 @@ UNCOND = torch.full((1, 3, 5), 0.5), torch.zeros(1, 2)
 
 def test_guidance_is_on_at_low_noise_only_and_costs_only_there():
     calls, x, sigma = [], torch.zeros(4, 1, 2, 2), torch.tensor([1.0, 0.961, 0.96, 0.1])
-    cond, guided = (torch.ones(4, 3, 5), torch.zeros(4, 2)), dmd.guided_samples(sigma, alpha=0.96, guidance=7.0)
-    velocity = dmd.gated_velocity(constant_model(calls), x, sigma, cond, UNCOND, 7.0, guided)
+    cond = torch.ones(4, 3, 5), torch.zeros(4, 2)
+    velocity = dmd.gated_velocity(constant_model(calls), x, sigma, cond, UNCOND, guidance=7.0, alpha=0.96)
     assert velocity[:, 0, 0, 0].tolist() == [1.0, 1.0, 0.5 + 7 * 0.5, 0.5 + 7 * 0.5]  # σ = α is guided
     assert calls == [4 + 2]  # one call, whoever is guided: processes that share the network must call it alike
 
@@ -90,25 +115,8 @@ def test_guidance_is_on_at_low_noise_only_and_costs_only_there():
 @pytest.mark.parametrize("guidance, alpha, passes", [(7.0, 1.0, 8), (7.0, 0.05, 4), (1.0, 1.0, 4)])
 def test_no_unconditional_pass_where_none_is_needed(guidance, alpha, passes):
     calls, cond, sigma = [], (torch.ones(4, 3, 5), torch.zeros(4, 2)), torch.linspace(0.1, 1, 4)
-    guided = dmd.guided_samples(sigma, alpha, guidance)
-    velocity = dmd.gated_velocity(constant_model(calls), torch.zeros(4, 1, 2, 2), sigma, cond, UNCOND, guidance, guided)
+    velocity = dmd.gated_velocity(constant_model(calls), torch.zeros(4, 1, 2, 2), sigma, cond, UNCOND, guidance, alpha)
     assert calls == [passes] and (velocity == 1).all() == (passes == 4)
-
-
-def test_fake_target_at_the_last_step_is_noise_minus_sample():
-    x, v, noise = (torch.randn(3, 2, 4, 4) for _ in range(3))
-    sigma_k, sigma = torch.full((3,), 0.75), torch.tensor([0.2, 0.5, 0.74])
-    z, target = dmd.fake_target(x, v, sigma_k, torch.zeros(3), sigma, noise)
-    sample = x - 0.75 * v
-    assert torch.allclose(target, noise - sample, atol=1e-4)
-    assert torch.allclose(z, flow.add_noise(sample, noise, sigma), atol=1e-5)
-
-
-def test_fake_target_leads_back_to_the_clean_estimate_of_an_earlier_step():
-    x, v, noise = (torch.randn(3, 2, 4, 4) for _ in range(3))
-    sigma = torch.tensor([0.76, 0.9, 1.0])
-    z, target = dmd.fake_target(x, v, torch.ones(3), torch.full((3,), 0.75), sigma, noise)
-    assert torch.allclose(flow.velocity_to_x0(z, target, sigma), x - v, atol=1e-4)
 
 
 def counting_gaussian(calls):
@@ -119,20 +127,92 @@ def counting_gaussian(calls):
 
 
 def test_rollout_stops_each_sample_at_its_step_on_the_way_that_sampling_goes():
-    noise, sigmas, k, calls = torch.randn(6, 1, 2, 2), flow.student_sigmas(4, 3.0), [0, 0, 1, 1, 2, 3], []
+    noise, nodes = torch.randn(6, 1, 2, 2), flow.student_sigmas(4, 3.0)
+    steps, calls = torch.tensor([1, 1, 2, 0, 3, 4]), []
     cond = torch.zeros(6, 1, 1), torch.zeros(6, 1)
-    states = dmd.rollout(counting_gaussian(calls), noise, sigmas, k, cond)
-    assert calls == [4, 2, 1]  # step j runs for the samples with k > j
-    for i in range(6):
-        expected = flow.sample(counting_gaussian([]), noise[i:i + 1], sigmas[:k[i] + 1], cond)
-        assert torch.allclose(states[i:i + 1], expected, atol=1e-6)
+    x, v = dmd.rollout(counting_gaussian(calls), noise, nodes, steps, cond)
+    assert calls == [5, 3, 2, 1] and len(x) == 5 and len(v) == 4  # step k runs for the samples with more than k steps
+    for i, last in enumerate(steps.tolist()):
+        for k in range(last + 1):
+            expected = flow.sample(counting_gaussian([]), noise[i:i + 1], nodes[:k + 1], cond)
+            assert torch.allclose(x[k, i:i + 1], expected, atol=1e-6)
+        for k in range(last):
+            assert torch.allclose(v[k, i], (x[k + 1, i] - x[k, i]) / (nodes[k + 1] - nodes[k]), atol=1e-5)
 
 
-def test_rollout_makes_the_passes_that_other_processes_need_and_changes_nothing_by_it():
-    noise, sigmas, k, calls = torch.randn(3, 1, 2, 2), flow.student_sigmas(2, 3.0), [0, 0, 0], []
-    cond = torch.zeros(3, 1, 1), torch.zeros(3, 1)
-    assert torch.equal(dmd.rollout(counting_gaussian(calls), noise, sigmas, k, cond, passes=1), noise) and calls == [1]
-    assert torch.equal(dmd.rollout(counting_gaussian(calls), noise, sigmas, k, cond), noise) and calls == [1]
+# ------------------------------------------------------------------------------------------------- one iteration
+
+class Affine(torch.nn.Module):
+    """A network of three numbers, which sees sample, level and text."""
+
+    def __init__(self, *numbers):
+        super().__init__()
+        self.numbers, self.calls = torch.nn.Parameter(torch.tensor(numbers)), 0
+
+    def forward(self, x, sigma, context, pooled):
+        self.calls += len(x)
+        a, b, c = self.numbers
+        return a * x + b * sigma.reshape(-1, 1, 1, 1) + c * context[:, :1, :1, None]
+
+
+def by_hand(student, fake, teacher, batch, windows, cond, uncond, w, alpha):
+    """Sec. 3.2 and Eq. (4) for each sample alone, on all of the student's steps: the two losses, sample by sample."""
+    for i in range(len(batch.noise)):
+        nodes, end, words = windows.nodes, windows.end, [part[i:i + 1] for part in cond]
+        x, v = [batch.noise[i:i + 1]], []
+        with torch.no_grad():
+            for k in range(len(nodes) - 1):
+                v.append(student(x[k], nodes[k:k + 1], *words))
+                x.append(x[k] + (nodes[k + 1] - nodes[k]) * v[k])
+        k, s, e = batch.fake.k[i], batch.fake.sigma[i], batch.fake.noise[i:i + 1]
+        x0, y = x[k] - nodes[k] * v[k], x[k] + (end[k] - nodes[k]) * v[k]
+        z = flow.renoise(y, end[k], s, e)
+        fake_loss = ((fake(z, s[None], *words) - (z - x0) / s) ** 2).mean()
+        k, s, e = batch.student.k[i], batch.student.sigma[i], batch.student.noise[i:i + 1]
+        y = x[k] + (end[k] - nodes[k]) * student(x[k], nodes[k:k + 1], *words)
+        with torch.no_grad():
+            z = flow.renoise(y, end[k], s, e)
+            v_c, v_0 = teacher(z, s[None], *words), teacher(z, s[None], *uncond)
+            real = z + (end[k] - s) * (v_0 + w * (v_c - v_0) if s <= alpha else v_c)
+            faked = z + (end[k] - s) * fake(z, s[None], *words)
+        yield fake_loss, dmd.student_loss(y, real, faked)
+
+
+@pytest.mark.parametrize("steps, whole", [(1, False), (2, False), (4, False), (2, True)])
+def test_an_iteration_is_the_formulas_sample_by_sample_and_the_student_meets_the_fake_score_that_moved(steps, whole):
+    generator = torch.Generator().manual_seed(steps)
+    student, fake, teacher = Affine(0.3, -0.2, 0.5), Affine(0.1, 0.4, 0.3), Affine(-0.3, 0.2, 0.1)
+    windows = dmd.step_windows(steps, 3.0, whole)
+    batch = dmd.draw_batch(16, (2, 4, 4), windows, dmd.importance_density("c"), generator)
+    cond = torch.randn(16, 3, 5, generator=generator), torch.zeros(16, 2)
+    inputs = batch, windows, cond, UNCOND, 7.0, 0.9
+    iteration = dmd.iteration(student, fake, teacher, *inputs)
+
+    fake_loss = next(iteration)
+    expected = torch.stack([loss for loss, _ in by_hand(student, fake, teacher, *inputs)]).mean()
+    assert torch.allclose(fake_loss, expected, rtol=1e-4)
+    gradient, = torch.autograd.grad(fake_loss, fake.numbers)
+    assert torch.allclose(gradient, torch.autograd.grad(expected, fake.numbers)[0], rtol=1e-3, atol=1e-5)
+    fake.numbers.data -= 0.1 * gradient  # the fake score moves between the two losses
+
+    before = {network: network.calls for network in (student, fake, teacher)}
+    student_loss = next(iteration)
+    calls = [network.calls - before[network] for network in (student, fake, teacher)]
+    assert calls == [16, 16, 16 + (batch.student.sigma <= 0.9).sum().item()]
+    expected = torch.stack([loss for _, loss in by_hand(student, fake, teacher, *inputs)]).mean()
+    assert torch.allclose(student_loss, expected, rtol=1e-4)
+    (gradient,), (by_formula,) = (torch.autograd.grad(loss, student.numbers) for loss in (student_loss, expected))
+    assert torch.allclose(gradient, by_formula, rtol=1e-3, atol=1e-5)
+    assert next(iteration, None) is None and teacher.numbers.grad is None
+
+
+def test_no_sample_runs_further_than_its_losses_need():
+    student, windows = Affine(0.3, -0.2, 0.5), dmd.step_windows(2, 3.0)
+    batch = dmd.draw_batch(64, (1, 2, 2), windows, dmd.importance_density("c"), torch.Generator().manual_seed(0))
+    iteration = dmd.iteration(student, Affine(0.1, 0.4, 0.3), Affine(-0.3, 0.2, 0.1), batch, windows,
+                              (torch.randn(64, 3, 5), torch.zeros(64, 2)), UNCOND, 7.0, 0.9)
+    next(iteration)
+    assert student.calls == batch.steps.sum() < 2 * 64
 
 
 # ------------------------------------------------------------------------------------------------------------ loss
@@ -147,7 +227,8 @@ def test_student_loss_by_hand():
     loss.backward()
     huber = [(d * d + h * h) ** 0.5 - h for d in (0.3, 0.4)]
     assert loss.item() == pytest.approx(sum(huber) / 4, rel=1e-4)
-    assert y.grad.flatten().tolist() == pytest.approx([0.25, -0.25, 0, 0], abs=1e-4)  # Huber: its sign, over the 4 entries
+    # Huber: its sign, over the 4 entries
+    assert y.grad.flatten().tolist() == pytest.approx([0.25, -0.25, 0, 0], abs=1e-4)
 
 
 def test_student_loss_weighs_each_sample_by_itself_and_survives_a_zero_weight():
@@ -156,19 +237,9 @@ def test_student_loss_weighs_each_sample_by_itself_and_survives_a_zero_weight():
     alone = torch.stack([dmd.student_loss(y[i:i + 1], real[i:i + 1], fake[i:i + 1]) for i in range(3)])
     assert dmd.student_loss(y, real, fake).item() == pytest.approx(alone.mean().item(), rel=1e-5)
     scaled = dmd.student_loss(y, y + 10 * (real - y), y + 10 * (fake - y))
-    assert scaled.item() == pytest.approx(dmd.student_loss(y, real, fake).item(), rel=1e-2)  # noisy levels weigh no more
+    # noisy levels weigh no more
+    assert scaled.item() == pytest.approx(dmd.student_loss(y, real, fake).item(), rel=1e-2)
     assert dmd.student_loss(y, y, y).item() == 0
-
-
-def test_gradient_reaches_the_student_and_nothing_else():
-    networks = [torch.nn.Conv2d(1, 1, 1) for _ in range(3)]
-    student, teacher, fake = ((lambda x, s, c, p, net=net: net(x)) for net in networks)
-    cond, s = (torch.zeros(2, 1, 1), torch.zeros(2, 1)), torch.tensor([0.9, 0.5])
-    x, noise = torch.randn(2, 2, 1, 2, 2)
-    velocity, uncond = student(x, torch.ones(2), *cond), [part[:1] for part in cond]
-    dmd.student_objective(velocity, teacher, fake, x, torch.ones(2), torch.zeros(2), s, noise, cond, uncond, 2.0,
-                          torch.arange(2)).backward()
-    assert networks[0].weight.grad is not None and networks[1].weight.grad is None and networks[2].weight.grad is None
 
 
 @pytest.mark.parametrize("steps", [1, 2])
@@ -177,19 +248,15 @@ def test_distribution_matching_moves_a_students_mean_to_the_teachers(steps):
     def gaussian(mean):
         return lambda x, s, c, p: gaussian_velocity(x, s, mean, 1.0)
 
-    m, means, nobody = torch.tensor(0.0, requires_grad=True), [], torch.zeros(0, dtype=torch.int64)
-    generator, cond = torch.Generator().manual_seed(0), (torch.zeros(64, 1, 1), torch.zeros(64, 1))
-    start, stop, end = dmd.step_windows(steps, 3.0)
-    grid, density = flow.teacher_grid(3.0), dmd.importance_density("uniform")
+    m, means = torch.tensor(0.0, requires_grad=True), []
+    generator, cond, uncond = torch.Generator().manual_seed(0), (torch.zeros(64, 1, 1), torch.zeros(64, 1)), \
+        (torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    windows, density = dmd.step_windows(steps, 3.0), dmd.importance_density("uniform")
     optimizer = torch.optim.SGD([m], lr=0.01)
     for _ in range(400):
-        noise, again = torch.randn(2, 64, 1, 8, 8, generator=generator)
-        now = gaussian(m.detach())
-        k = torch.randint(steps, (64,), generator=generator).sort().values
-        x = dmd.rollout(now, noise, flow.student_sigmas(steps, 3.0), k.tolist(), cond)
-        sigma = grid[dmd.draw_index(density, start[k], stop[k], torch.rand(64, generator=generator))]
-        loss = dmd.student_objective(gaussian(m)(x, grid[start[k]], *cond), gaussian(2.0), now, x, grid[start[k]], grid[end[k]],
-                                     sigma, again, cond, [part[:1] for part in cond], guidance=1.0, guided=nobody)
+        batch = dmd.draw_batch(64, (1, 8, 8), windows, density, generator)
+        _, loss = dmd.iteration(gaussian(m), gaussian(m.detach()), gaussian(2.0), batch, windows, cond, uncond,
+                                1.0, 1.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
