@@ -1,43 +1,36 @@
-"""Weights on disk: safetensors in, safetensors out, in both layouts in which SD3 is published. No pickle is ever opened.
+"""Weights on disk: safetensors in, safetensors out, in both layouts in which SD3 is published. No pickle is opened.
 
-The layouts are Stability's single file and the diffusers folder. Our modules use Stability's parameter names, so one table,
-`diffusers_names`, serves loading and saving. A network is built without memory ("meta" device) and filled tensor by tensor,
-each read only when its turn comes: the peak is the finished network plus one tensor.
+The layouts are Stability's single file and the diffusers folder. Our modules use Stability's parameter names, so one
+table, `diffusers_names`, serves loading and saving. A network is built without memory ("meta" device) and filled tensor
+by tensor, each read only when its turn comes: the peak is the finished network plus one tensor.
 """
 
 import hashlib
 import json
+import math
 import os
 import re
-import sys
+import secrets
 import tempfile
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-
-class UserError(Exception):
-    """Something the user can put right. The scripts print its one line and exit with status 2."""
-
-
-def run_script(main):
-    """Run a script's main; what the user can put right becomes one line on stderr and exit status 2."""
-    try:
-        main()
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; a training run goes on with --resume", file=sys.stderr)
-        sys.exit(130)
+from commandline import UserError
 
 
 # ------------------------------------------------------------------------------------------------- finding files
 
 PUBLISHED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what a model repository is asked for: no pickles
+COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2",
+              "tokenizer_3", "scheduler", "compensator", "backbone")  # folders of a model
+HUB_ERRORS = (OSError, ValueError, hub.HTTPError, hub.EntryNotFoundError, hub.XetDownloadError)
 
 
 def find_model(path):
@@ -47,19 +40,35 @@ def find_model(path):
         return local
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise UserError(f"{path}: no such file or folder")
-    from huggingface_hub import snapshot_download  # comes with transformers; imported late because few runs need it
     try:
-        return Path(snapshot_download(str(path), allow_patterns=PUBLISHED_FILES))
-    except Exception as error:  # its many network, login and licence errors; the reason is in the first line
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: neither a local path nor a Hugging Face repository that can be fetched ({reason})") from error
+        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=PUBLISHED_FILES))
+    except HUB_ERRORS as error:  # the network, the login, the licence
+        raise UserError(f"{path}: neither a local path nor a Hugging Face repository that can be fetched "
+                        f"({in_short(error)})") from error
 
 
-def fingerprint(path, *more):
-    """A short name for a local model's files as they are now, and for anything else that matters."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.safetensors")) + sorted(path.rglob("*.json"))
-    state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((*more, state)).encode()).hexdigest()[:12]
+def in_short(error):
+    """The beginning of what a library says, on one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 200)
+
+
+def identity(path, *more):
+    """What a model is, as 12 hexadecimal digits: a hash of its files as they are, wherever they lie.
+
+    Of large files, the length and 64 samples of 4 KB: training changes all of a network. `more`: what else matters.
+    """
+    path = find_model(path)
+    folders = [path / name for name in COMPONENTS] if (path / "model_index.json").exists() else [path]
+    files = [path] if path.is_file() else [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    digest = hashlib.sha256(repr(more).encode())
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}".encode())
+        with open(file, "rb") as opened:
+            for i in range(64) if size > 64 * 4096 else [0]:
+                opened.seek(i * (size // 64))
+                digest.update(opened.read(4096 if size > 64 * 4096 else size))
+    return digest.hexdigest()[:12]
 
 
 def find_component(path, name):
@@ -73,14 +82,15 @@ def find_component(path, name):
 
 
 def find_shards(path):
-    """The safetensors files that make up one network: a single file, or the parts in a folder. fp16 variants count too."""
+    """The safetensors files that make up one network: a single file, or the parts in a folder, if need be in fp16."""
     if path.is_file():
         return [path]
     indices = sorted(path.glob("*.safetensors.index*.json"), key=lambda p: "fp16" in p.name)
     if indices:
-        with explained(indices[0], "an index of tensors"):
-            names = set(read_json(indices[0])["weight_map"].values())
-        shards = sorted(path / name for name in names)
+        listed = read_json(indices[0]).get("weight_map")  # tensor -> file
+        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+            raise UserError(f"{indices[0]}: cannot be read as an index of tensors (it has no weight_map)")
+        shards = sorted(path / name for name in set(listed.values()))
         for shard in shards:
             if not shard.exists():
                 raise UserError(f"{shard}: missing, though {indices[0].name} lists it")
@@ -99,6 +109,25 @@ def read_json(path):
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
     return value
+
+
+def parse_json(text, what):
+    """A list or the like from text in a file's header. `what` is named where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what} cannot be read as JSON ({error})") from error
+
+
+def parse_number(value, what, least=-math.inf):
+    """A finite number above `least` from a file's settings. `what` is named where it is none."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not least < number < math.inf:
+        raise UserError(f"{what} = {value!r} is no number" + (f" above {least:g}" if least > -math.inf else ""))
+    return number
 
 
 def open_safetensors(path):
@@ -163,8 +192,8 @@ def diffusers_names(name, blocks):
     if name.startswith(("encoder.", "decoder.")):
         up = re.match(r"decoder\.up\.(\d+)\.(block|upsample)\.(.*)", name)
         if up:
-            inner = up[3] if up[2] == "block" else "0." + up[3]
-            name = f"decoder.up_blocks.{blocks - 1 - int(up[1])}.{'resnets' if up[2] == 'block' else 'upsamplers'}.{inner}"
+            part = "resnets" if up[2] == "block" else "upsamplers.0"
+            name = f"decoder.up_blocks.{blocks - 1 - int(up[1])}.{part}.{up[3]}"
         for pattern, replacement in VAE_PARTS:
             name = re.sub(pattern, replacement, name)
         return [name]
@@ -181,10 +210,14 @@ def swap_halves(name, tensor, blocks):
 
 # ------------------------------------------------------------------------------------------------------- reading
 
-FIRST_NAME = {"transformer": "x_embedder.proj.weight", "vae": "decoder.conv_in.weight", "backbone": "trunk.stem.0.weight"}
-PREFIXES = {"transformer": "model.diffusion_model.", "vae": "first_stage_model.",  # in Stability's files; may be absent
-            "backbone": "visual."}                                                 # in OpenCLIP's
+FIRST_NAME = {"transformer": "x_embedder.proj.weight", "vae": "decoder.conv_in.weight",
+              "backbone": "trunk.stem.0.weight", "clip_l": "text_model.embeddings.token_embedding.weight",
+              "clip_g": "text_model.embeddings.token_embedding.weight", "t5xxl": "shared.weight"}
+BLOCK = r"(?:joint_blocks|transformer_blocks|stages|\.up|\.up_blocks|layers|encoder\.block)\.(\d+)\."  # or level
 TEXT_PREFIX = "text_encoders."
+PREFIXES = {"transformer": "model.diffusion_model.", "vae": "first_stage_model.",  # in Stability's files; may be absent
+            "backbone": "visual.",                                                 # in OpenCLIP's
+            **{name: f"{TEXT_PREFIX}{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")}}
 
 
 class NetworkFiles:
@@ -192,23 +225,23 @@ class NetworkFiles:
 
     def __init__(self, path, component):
         self.path = find_component(path, component)
-        self.files = {}  # their name -> file
-        self.metadata = {}
+        self.files, self.shapes, self.metadata = {}, {}, {}  # the first two by their name
         for shard in find_shards(self.path):
             with open_safetensors(shard) as file:
                 self.metadata.update(file.metadata() or {})
                 self.files.update(dict.fromkeys(file.keys(), shard))
+                self.shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
         config = self.path / "config.json"
         self.config = read_json(config) if self.path.is_dir() and config.exists() else {}
 
         self.prefix = PREFIXES[component] if PREFIXES[component] + FIRST_NAME[component] in self.files else ""
-        numbers = (re.search(r"(?:joint_blocks|transformer_blocks|stages|\.up|\.up_blocks)\.(\d+)\.", n)
-                   for n in self.own_names())
-        self.blocks = max((int(n[1]) + 1 for n in numbers if n), default=0)
+        found = (re.search(BLOCK, name) for name in self.own_names())
+        self.blocks = max((int(number[1]) + 1 for number in found if number), default=0)
         self.diffusers = any(n.startswith(("transformer_blocks.", "decoder.up_blocks.")) for n in self.files)
         if FIRST_NAME[component] not in self or not self.blocks:
             what = "ConvNeXt of OpenCLIP" if component == "backbone" else f"SD3 {component}"
-            raise UserError(f"{self.path}: holds no {what} (tensor {self.their_names(FIRST_NAME[component])[0]} is missing)")
+            raise UserError(f"{self.path}: holds no {what} "
+                            f"(no tensor {self.their_names(FIRST_NAME[component])[0]}, or no blocks)")
 
     def their_names(self, name):
         """The names in the files of what makes up our tensor `name`."""
@@ -229,15 +262,24 @@ class NetworkFiles:
             n += 1
         return n
 
-    def shape(self, name):
+    def depth(self, pattern):
+        """How many blocks, levels or stages there are. Raises UserError where one lacks its tensor `pattern`."""
+        found = self.count(pattern)
+        if found < self.blocks:
+            self.shape(pattern.format(found))  # raises the error
+        return found
+
+    def shape(self, name, dimensions=None):
+        """Of our tensor `name`. Raises UserError where it is missing, has not so many `dimensions`, or an empty one."""
         parts = []
         for their in self.their_names(name):
             if their not in self.files:
                 raise UserError(f"{self.path}: tensor {their} is missing")
-            with open_safetensors(self.files[their]) as file:
-                parts.append(file.get_slice(their).get_shape())
+            parts.append(self.shapes[their])
             if parts[-1] != parts[0]:  # queries, keys and values are alike
                 raise UserError(f"{self.path}: tensor {their} has shape {parts[-1]}, expected {parts[0]}")
+            if dimensions is not None and (len(parts[0]) != dimensions or 0 in parts[0]):
+                raise UserError(f"{self.path}: tensor {their} has shape {parts[0]}, not {dimensions} sizes above 0")
         return [len(parts) * n for n in parts[0][:1]] + parts[0][1:]
 
     def read(self, name):
@@ -260,26 +302,31 @@ def load_plain(module, path):
     return module
 
 
+LIBRARY_ERRORS = (OSError, ImportError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
+                  RuntimeError, SafetensorError, hub.StrictDataclassError)
+
+
 @contextmanager
-def explained(path, what):
-    """Turn the many errors of a library that reads `path` into one clear line."""
+def library_errors(path, action):
+    """One clear line, "PATH: cannot {action}", for what a library raises over a user's file.
+
+    Only the library's own call belongs inside: a fault of ours keeps its traceback.
+    """
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: cannot be read as {what} ({reason})") from error
+    except LIBRARY_ERRORS as error:
+        raise UserError(f"{path}: cannot {action} ({in_short(error)})") from error
 
 
-def fill(module, source, device, dtype):
-    """Move `module`, built on the meta device, to `device` and fill it with the tensors of `source`, each accounted for.
+def load_tensors(module, source, device, dtype):
+    """Move `module`, built on the meta device, to `device` and fill it with all tensors of `source`, a NetworkFiles.
 
     Raises UserError that names the tensor that is missing, left over, of another shape, or not finite.
     """
     shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     wanted = {their for name in shapes for their in source.their_names(name)}
-    for problem, names in (("is missing", wanted - set(source.files)), ("does not belong there", source.own_names() - wanted)):
+    missing, left_over = wanted - set(source.files), source.own_names() - wanted
+    for problem, names in (("is missing", missing), ("does not belong there", left_over)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(f"{source.path}: tensor {min(names)} {problem}{more}")
@@ -345,14 +392,15 @@ def check_writable(path):
 
 @contextmanager
 def replacing(path):
-    """A temporary path beside `path` that takes its place once the block has ended well."""
+    """A temporary path beside `path` that takes its place once the block has ended well, and is gone if it has not."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")  # its own, if others write the same file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
-    finally:
-        part.unlink(missing_ok=True)

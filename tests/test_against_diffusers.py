@@ -1,4 +1,4 @@
-"""Our SD3 against diffusers', in fp32, on random weights: every kind, every layout, odd sizes, with and without T5."""
+"""Our SD3 against diffusers', in fp32, on random weights: every kind, odd sizes; every layout, with and without T5."""
 
 import numpy as np
 import pytest
@@ -8,15 +8,17 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
 import flow
 import mmdit
-import sample
 import text
 import vae
 import weights
-from conftest import KINDS, randomise
+from conftest import KINDS, PAIRS, randomise
+from pictures import to_picture
+from pipeline import TINY, decode, generate, load_pipeline, save_pipeline
 
 TOLERANCE = {"velocity": 1e-5, "encode": 1e-5, "decode": 1e-5, "text": 1e-5, "latents": 2e-5}
 PROMPTS = ["a striped red circle on a gray background", "Two words, ünknown; " * 4, ""]  # the second is cut
 SIZES = [(6, 10), (16, 4)]  # latents
+PARTS = ("mmdit", "vae", "text")
 
 
 def error(ours, theirs):
@@ -73,7 +75,7 @@ def latents_error(theirs, ours, sigmas=None, guidance=4.0):
     reference = theirs(PROMPTS, negative_prompt=["blurry"] * len(PROMPTS), latents=noise, height=height, width=width,
                        guidance_scale=guidance, output_type="latent",
                        max_sequence_length=ours.text.t5_length, **levels).images
-    made = sample.generate(ours, PROMPTS, range(len(PROMPTS)), size=(height, width), negative="blurry",
+    made = generate(ours, PROMPTS, range(len(PROMPTS)), size=(height, width), negative="blurry",
                            guidance=guidance, sigmas=sigmas)
     return error(made, reference)
 
@@ -83,8 +85,27 @@ MEASURES = {"velocity": velocity_error, "encode": encode_error, "decode": decode
 
 
 @pytest.mark.parametrize("what", MEASURES)
-def test_we_compute_what_diffusers_computes(pair, what):
+@pytest.mark.parametrize("kind", KINDS)
+def test_we_compute_what_diffusers_computes(make_pair, kind, what):
+    pair = make_pair(kind, "folder")
     assert MEASURES[what](pair.theirs, pair.ours) <= TOLERANCE[what]
+
+
+@pytest.mark.parametrize("kind, layout", [pair for pair in PAIRS if pair[1] != "folder"])
+def test_every_layout_gives_the_same_bits(make_pair, kind, layout):
+    pair, folder = make_pair(kind, layout), make_pair(kind, "folder").ours
+    for part in PARTS:
+        same_bits(getattr(pair.ours, part).state_dict(), {
+            name: tensor for name, tensor in getattr(folder, part).state_dict().items()
+            if "without T5" not in layout or not name.startswith("t5.")})
+    for one in (pair.ours, folder):
+        assert (one.vae.scale, one.vae.shift, one.shift) == (1.5305, 0.0609, 3.0)
+    assert text_error(pair.theirs, pair.ours) <= TOLERANCE["text"]  # settings and tokenizers are none of the tensors
+
+
+def same_bits(state, expected):
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
 # ---------------------------------------------------------------------------- would these comparisons see a mistake?
@@ -122,24 +143,26 @@ def test_a_mistake_shows(make_pair, monkeypatch, mistake):
     what, owner, name, wrong = MISTAKES[mistake]
     theirs, _, path = make_pair("SD3.5-Medium", "folder")
     monkeypatch.setattr(owner, name, wrong)
-    assert MEASURES[what](theirs, sample.load_pipeline(path)) > TOLERANCE[what]
+    assert MEASURES[what](theirs, load_pipeline(path)) > TOLERANCE[what]
 
 
 # --------------------------------------------------------------------------------------------- saving, students
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_we_save_diffusers_opens_and_we_read_back_bit_for_bit(make_pair, tmp_path, kind):
-    ours = make_pair(kind, "file").ours
-    sample.save_pipeline(ours, tmp_path, {"sigmas": "[1.0, 0.75, 0.0]", "guidance": "1"})
-    back = sample.load_pipeline(tmp_path)
-    for part in ("mmdit", "vae", "text"):
-        before, after = getattr(ours, part).state_dict(), getattr(back, part).state_dict()
-        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    original, ours, _ = make_pair(kind, "file")
+    save_pipeline(ours, tmp_path, {"sigmas": "[1.0, 0.75, 0.0]", "guidance": "1"})
+    back = load_pipeline(tmp_path)
+    for part in PARTS:
+        same_bits(getattr(back, part).state_dict(), getattr(ours, part).state_dict())
     assert (back.sigmas().tolist(), back.guidance()) == ([1.0, 0.75, 0.0], 1.0)
 
     theirs = StableDiffusion3Pipeline.from_pretrained(tmp_path)
-    theirs.set_progress_bar_config(disable=True)
-    assert latents_error(theirs, ours) <= TOLERANCE["latents"]
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        same_bits(getattr(theirs, name).state_dict(), getattr(original, name).state_dict())
+    assert velocity_error(theirs, ours) <= TOLERANCE["velocity"] and decode_error(theirs, ours) <= TOLERANCE["decode"]
+    assert text_error(theirs, ours) <= TOLERANCE["text"]
+    assert theirs.scheduler.config.shift == 3.0
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -161,12 +184,12 @@ def test_vae_constants_are_read_off_its_config(tmp_path):
     assert error(ours.decode(latents), theirs.decode(latents / 0.7 - 0.2).sample) <= TOLERANCE["decode"]
 
 
-
 def test_diffusers_opens_the_shipped_tiny_sd3_and_draws_the_same_picture():
-    ours, theirs = sample.load_pipeline(sample.TINY), StableDiffusion3Pipeline.from_pretrained(sample.TINY)
+    ours, theirs = load_pipeline(TINY), StableDiffusion3Pipeline.from_pretrained(TINY)
     theirs.set_progress_bar_config(disable=True)
     prompt, noise = "a striped red circle", flow.initial_noise(ours.latent_shape(), [0])
-    picture = theirs(prompt, latents=noise, guidance_scale=ours.guidance(), max_sequence_length=ours.text.t5_length).images[0]
-    mine = sample.to_picture(sample.decode(ours, sample.generate(ours, [prompt], [0]))[0])
+    picture = theirs(prompt, latents=noise, guidance_scale=ours.guidance(), num_inference_steps=8,
+                     max_sequence_length=ours.text.t5_length).images[0]
+    mine = to_picture(decode(ours, generate(ours, [prompt], [0], steps=8))[0])
     difference = np.asarray(picture, dtype=int) - np.asarray(mine, dtype=int)
     assert picture.size == mine.size and abs(difference).max() <= 1

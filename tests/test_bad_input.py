@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one line on stderr and exit status 2, with nothing written."""
+"""What a user gets wrong ends in one line that names it, with nothing written; what we got wrong has a traceback."""
 
 import json
 import os
@@ -10,20 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import adversarial
+import commandline
+import mmdit
+import pipeline
+import prompts
 import sample
 import text
-import weights
+import vae
+from commandline import UserError
 
 ROOT = Path(__file__).parent.parent
+LOAD = {"transformer": mmdit.load_mmdit, "vae": vae.load_vae, "scheduler": pipeline.load_pipeline,
+        **dict.fromkeys(("text_encoder", "tokenizer", "tokenizer_3"), text.load_text_encoders)}
 TENSORS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-
-
-@pytest.fixture
-def model(make_pair, tmp_path):
-    """A copy, to be damaged, of a folder that is in order."""
-    return shutil.copytree(make_pair("SD3-Medium", "folder").path, tmp_path / "model")
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def fails(tmp_path, monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as end:
-            weights.run_script(sample.main)
+            commandline.run_script(sample.main)
         out, err = capfd.readouterr()
         assert (end.value.code, out) == (2, "")
         assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n"), err
@@ -51,24 +54,15 @@ def fails(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "nothing to draw"),
-    (["--prompt", "x", "--colour", "red"], "--colour"),
-    (["--prompt", "x", "--guid", "3"], "--guid"),
-    (["--prompt"], "--prompt"),
-    (["--prompt", "x", "--size", "72"], "72"),
-    (["--prompt", "x", "--size", "64x"], "64x"),
-    (["--prompt", "x", "--size", "0"], "0"),
-    (["--prompt", "x", "--steps", "0"], "--steps"),
-    (["--prompt", "x", "--steps", "two"], "two"),
-    (["--prompt", "x", "--count", "-1"], "--count"),
-    (["--prompt", "x", "--shift", "nan"], "--shift"),
-    (["--prompt", "x", "--guidance", "much"], "much"),
-    (["--prompt", "x", "--cache", "4"], "4 is not A-B"),
-    (["--prompt", "x", "--cache", "7-4"], "cache range 7-4"),
-    (["--prompt", "x", "--cache", "8-12"], "cache range 8-12"),
-    (["--prompt", "x", "--cache", "1-4", "--steps", "1"], "at least 2 steps"),
-    (["--prompt", "x", "--seed", str(10**20)], "--seed"),
-    (["--prompt", "x", "--seed", "one"], "--seed"),
-    (["--prompt", "x", "--dtype", "fp8"], "fp8"),
+    (["--colour", "red"], "--colour"),
+    (["--guid", "3"], "--guid"),
+    (["--size", "72"], "72"),
+    (["--size", "64x"], "64x"),
+    (["--size", "0"], "0"),
+    (["--steps", "0"], "--steps"),
+    (["--steps", "two"], "two"),
+    (["--guidance", "nan"], "--guidance"),
+    (["--seed", str(10**20)], "--seed"),
     (["--prompt", "half a character: \ud83d"], "--prompt"),
     (["--prompt", "x", "--device", "nonsense"], "nonsense"),
     (["--prompt", "x", "--device", "meta"], "meta"),
@@ -76,6 +70,9 @@ def fails(tmp_path, monkeypatch, capfd):
     (["--prompts", "nowhere.txt"], "nowhere.txt"),
     (["--prompt", "x", "--model", "/nowhere/sd3.safetensors"], "/nowhere/sd3.safetensors: no such file"),
     (["--prompt", "x", "--model", "sd3.safetensors"], "sd3.safetensors: no such file"),
+    (["--prompt", "x", "--model", "sd3@shift=nan"], "nan"),
+    (["--prompt", "x", "--model", "sd3@cache=4"], "4 is not A-B"),
+    (["--prompt", "x", "--model", "sd3@colour=red"], "colour"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_arguments_that_make_no_sense(fails, arguments, words):
     assert words in fails(*arguments)
@@ -86,19 +83,22 @@ def test_cuda_where_there_is_none(fails):
     assert "device cuda" in fails("--prompt", "x", "--device", "cuda")
 
 
-@pytest.mark.parametrize("flag, name", [("--out", "samples"), ("--out", "a.png"), ("--latents", "z.safetensors")])
-def test_output_below_a_file(fails, tmp_path, flag, name):
+@pytest.mark.parametrize("options, flags, words", [
+    ("@cache=2-1", [], "cached blocks 2-1"), ("@cache=1-3", [], "cached blocks 1-3"),
+    ("@cache=1-2", ["--steps", "1"], "at least 2 steps"), ("", ["--size", "64x320"], "does not fit this model")])
+def test_settings_that_do_not_fit_the_model(fails, model, options, flags, words):
+    assert words in fails("--model", f"{model}{options}", "--prompt", "x", *flags)
+
+
+@pytest.mark.parametrize("name", ["samples", "a.png"])
+def test_output_below_a_file(fails, tmp_path, name):
     (tmp_path / "file").touch()
-    assert "cannot be written" in fails("--prompt", "x", flag, tmp_path / "file" / name)
+    assert "cannot be written" in fails("--prompt", "x", "--out", tmp_path / "file" / name)
 
 
 def test_output_that_is_a_folder(fails, tmp_path):
     (tmp_path / "a.png").mkdir()
     assert "it is a folder" in fails("--prompt", "x", "--out", tmp_path / "a.png")
-
-
-def test_size_larger_than_the_position_table(fails, model):
-    assert "does not fit this model" in fails("--model", model, "--prompt", "x", "--size", "64x320")
 
 
 def test_a_script_of_its_own_says_the_same(tmp_path):
@@ -108,13 +108,61 @@ def test_a_script_of_its_own_says_the_same(tmp_path):
     assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
 
 
+def test_images_are_written_and_their_paths_said(model, tmp_path, monkeypatch, capfd):
+    arguments = ["--model", model, "--prompt", "a cat", "--size", "32x48", "--steps", "2", "--count", "2",
+                 "--out", tmp_path / "new" / "a.png"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+    sample.main()
+    names = ["a-000.png", "a-001.png", "a.png"]
+    assert capfd.readouterr().out.split() == [str(tmp_path / "new" / name) for name in names]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
+    assert Image.open(tmp_path / "new" / "a-000.png").size == (48, 32)
+
+
 # ------------------------------------------------------------------------------------------------------ model files
+
+@pytest.fixture
+def model(make_pair, tmp_path):
+    """A folder that is in order, to be damaged; its files are links to the original's."""
+    original = make_pair("SD3-Medium", "folder").path
+    before = {file: file.stat().st_mtime_ns for file in original.rglob("*")}
+    yield shutil.copytree(original, tmp_path / "model", copy_function=os.link)
+    assert {file: file.stat().st_mtime_ns for file in original.rglob("*")} == before
+
+
+@pytest.fixture
+def single_file(make_pair, tmp_path):
+    """single_file(change) -> a single file that is in order but for change(tensors), with tokenizers beside it."""
+    original = make_pair("SD3-Medium", "file").path
+
+    def write(change):
+        folder = shutil.copytree(original.parent, tmp_path / "single", ignore=lambda *_: [original.name])
+        tensors = load_file(original)
+        change(tensors)
+        save_file(tensors, folder / original.name)
+        return folder / original.name
+    return write
+
+
+def refusal(load, path):
+    """The message of the one error that a user sees."""
+    with pytest.raises(UserError) as error:
+        load(path)
+    return str(error.value)
+
+
+def put_file(path, content):
+    """In place of the link to the original's file."""
+    path.unlink()
+    path.write_bytes(content)
+
 
 def edit(model, part, change):
     """Write the tensors of one part anew after change(tensors)."""
     file = model / part / f"{TENSORS[part]}.safetensors"
     tensors = load_file(file)
     change(tensors)
+    file.unlink()
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -122,8 +170,12 @@ def drop(name):
     return lambda tensors: tensors.pop(name)
 
 
-def put(name, *shape, value=0.0):
-    return lambda tensors: tensors.update({name: torch.full(shape, value)})
+def drop_all(start):
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(start)]
+
+
+def put(name, *shape):
+    return lambda tensors: tensors.update({name: torch.zeros(shape)})
 
 
 def spoil(name, value):
@@ -134,10 +186,13 @@ CLIP_BIAS = "text_model.final_layer_norm.bias"
 DAMAGE = {
     "missing": ("transformer", "transformer_blocks.1.attn.to_v.bias", drop),
     "missing, a whole kind": ("transformer", "pos_embed.pos_embed", drop),
+    "missing, what blocks are counted by": ("transformer", "transformer_blocks.0.attn.to_out.0.weight", drop),
+    "missing, what levels are counted by": ("vae", "encoder.down_blocks.0.resnets.0.conv2.weight", drop),
     "missing, the first looked for": ("vae", "decoder.conv_in.weight", drop),
     "missing in text": ("text_encoder", CLIP_BIAS, drop),
     "left over": ("transformer", "transformer_blocks.1.attn.extra.weight", lambda n: put(n, 3)),
     "left over in VAE": ("vae", "encoder.extra.bias", lambda n: put(n, 3)),
+    "left over in text": ("text_encoder", "text_model.encoder.layers.3.mlp.fc1.bias", lambda n: put(n, 3)),
     "wrong shape": ("transformer", "proj_out.bias", lambda n: put(n, 63)),
     "wrong shape of k": ("transformer", "transformer_blocks.1.attn.to_k.weight", lambda n: put(n, 128, 100)),
     "wrong shape in text": ("text_encoder", CLIP_BIAS, lambda n: put(n, 65)),
@@ -148,45 +203,101 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_tensor_is_named(fails, model, damage):
+def test_a_damaged_tensor_is_named(model, damage):
     part, name, change = DAMAGE[damage]
     edit(model, part, change(name))
-    line = fails("--model", model, "--prompt", "x")
-    assert name in line and str(model) in line
+    line = refusal(LOAD[part], model)
+    assert name in line and str(model / part) in line
 
 
 @pytest.mark.parametrize("part, name, shape", [
     ("transformer", "pos_embed.proj.weight", (128, 64)),
     ("transformer", "pos_embed.proj.weight", (100, 16, 2, 2)),
+    ("transformer", "pos_embed.proj.weight", (128, 16, 0, 2)),
     ("transformer", "context_embedder.weight", (128,)),
     ("transformer", "transformer_blocks.0.attn.to_q.weight", ()),
     ("transformer", "pos_embed.pos_embed", (1, 10, 128)),
     ("vae", "encoder.down_blocks.0.resnets.0.conv2.weight", (33, 32, 3, 3)),
+    ("vae", "encoder.down_blocks.0.resnets.0.conv2.weight", (0, 32, 3, 3)),
     ("vae", "decoder.conv_in.weight", (96,)),
 ], ids=str)
-def test_a_shape_that_sizes_are_read_off_is_wrong(fails, model, part, name, shape):
+def test_a_shape_that_sizes_are_read_off_is_wrong(model, part, name, shape):
     edit(model, part, put(name, *shape))
-    assert str(model / part) in fails("--model", model, "--prompt", "x")
+    assert str(model / part) in refusal(LOAD[part], model)
 
 
-def cut_in_half(path):
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+CLIP, T5 = "text_encoders.clip_g.transformer.text_model.", "text_encoders.t5xxl.transformer."
 
 
-@pytest.mark.parametrize("part", TENSORS)
-@pytest.mark.parametrize("damage", [
-    cut_in_half, lambda path: path.write_text("Not tensors at all. " * 9), lambda path: path.write_bytes(b""),
-    lambda path: path.rename(path.with_name("pytorch_model.bin"))], ids=["cut", "text", "empty", "only a pickle"])
-def test_a_damaged_file_is_named(fails, model, part, damage):
-    damage(model / part / f"{TENSORS[part]}.safetensors")
-    assert str(model / part) in fails("--model", model, "--prompt", "x")
+@pytest.mark.parametrize("name, shape", [
+    (CLIP + "embeddings.token_embedding.weight", (627,)),
+    (CLIP + "embeddings.token_embedding.weight", (627, 100)),
+    (CLIP + "embeddings.token_embedding.weight", (0, 128)),
+    (CLIP + "embeddings.position_embedding.weight", ()),
+    (CLIP + "encoder.layers.0.mlp.fc1.weight", (384, 0)),
+    ("text_encoders.clip_g.transformer.text_projection.weight", (96,)),
+    (T5 + "shared.weight", (131, 224, 1)),
+    (T5 + "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", (32, 0)),
+    (T5 + "encoder.block.0.layer.0.SelfAttention.q.weight", (127, 224)),
+    (T5 + "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", (160,)),
+    (T5 + "encoder.block.1.layer.1.DenseReluDense.wi_0.weight", (160,)),
+], ids=str)
+def test_a_shape_that_a_text_encoder_is_read_off_is_wrong(single_file, name, shape):
+    file = single_file(put(name, *shape))
+    line = refusal(text.load_text_encoders, file)
+    assert name.split("transformer.")[1] in line and str(file) in line
 
 
-@pytest.mark.parametrize("kind", ["cut", "text", "empty"])
+@pytest.mark.parametrize("load, start, words", [
+    (text.load_text_encoders, "text_encoders.", "holds no text encoders"),
+    (text.load_text_encoders, CLIP + "embeddings.", "text_model.embeddings.token_embedding.weight"),
+    (text.load_text_encoders, CLIP + "encoder.layers.0.mlp.fc1.weight", "layers.0.mlp.fc1.weight is missing"),
+    (text.load_text_encoders, "text_encoders.clip_l.transformer." + CLIP_BIAS, CLIP_BIAS),
+    (text.load_text_encoders, "text_encoders.clip_g.transformer.text_projection", "text_projection.weight is missing"),
+    (text.load_text_encoders, T5 + "shared.weight", "shared.weight"),
+    (vae.load_vae, "first_stage_model.", "holds no SD3 vae"),
+    (mmdit.load_mmdit, "model.diffusion_model.joint_blocks.2.x_block.mlp.fc1.bias", "x_block.mlp.fc1.bias is missing"),
+], ids=str)
+def test_a_single_file_that_lacks_something(single_file, load, start, words):
+    file = single_file(drop_all(start))
+    line = refusal(load, file)
+    assert words in line and str(file) in line
+
+
+@pytest.mark.parametrize("change, words", [
+    (drop("visual.trunk.stages.1.blocks.0.gamma"), "stages.1.blocks.0.gamma is missing"),
+    (drop_all("visual.trunk.stages.3."), "3 stages"),
+    (put("visual.head.proj.weight", 64), "visual.head.proj.weight has shape"),
+    (put("visual.trunk.stages.0.blocks.0.gamma", 0), "stages.0.blocks.0.gamma has shape"),
+    (drop_all("visual."), "holds no ConvNeXt"),
+], ids=["counted tensor", "stage", "shape", "size", "all"])
+def test_a_damaged_backbone_is_named(tmp_path, change, words):
+    tensors = load_file(pipeline.TINY / "backbone" / adversarial.BACKBONE_FILE)
+    change(tensors)
+    save_file(tensors or {"a": torch.zeros(1)}, tmp_path / adversarial.BACKBONE_FILE)
+    line = refusal(adversarial.load_backbone, tmp_path)
+    assert words in line and str(tmp_path) in line
+
+
+FILE_DAMAGE = {"cut": lambda whole: whole[:len(whole) // 2], "text": lambda whole: b"Not tensors at all. " * 9,
+               "empty": lambda whole: b""}
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("kind", [*FILE_DAMAGE, "only a pickle"])
+def test_a_damaged_file_is_named(model, part, kind):
+    file = model / part / f"{TENSORS[part]}.safetensors"
+    if kind in FILE_DAMAGE:
+        put_file(file, FILE_DAMAGE[kind](file.read_bytes()))
+    else:
+        file.rename(file.with_name("pytorch_model.bin"))
+    assert str(model / part) in refusal(LOAD[part], model)
+
+
+@pytest.mark.parametrize("kind", FILE_DAMAGE)
 def test_a_damaged_single_file_is_named(fails, make_pair, tmp_path, kind):
     file = tmp_path / "sd3.safetensors"
-    whole = make_pair("SD3-Medium", "file").path.read_bytes()
-    file.write_bytes({"cut": whole[:len(whole) // 2], "text": b"Not tensors at all. " * 9, "empty": b""}[kind])
+    file.write_bytes(FILE_DAMAGE[kind](make_pair("SD3-Medium", "file").path.read_bytes()))
     assert str(file) in fails("--model", file, "--prompt", "x")
 
 
@@ -198,8 +309,7 @@ def test_a_pickle_is_never_opened(fails, tmp_path):
     (tmp_path / "sd3.ckpt").write_bytes(pickle.dumps(Trap()))
     torch.save(Trap(), tmp_path / "sd3.safetensors")
     for name in ("sd3.ckpt", "sd3.safetensors"):
-        with pytest.raises(weights.UserError, match=name):
-            sample.load_pipeline(tmp_path / name)
+        assert name in refusal(pipeline.load_pipeline, tmp_path / name)
     assert "sd3.ckpt" in fails("--model", tmp_path / "sd3.ckpt", "--prompt", "x")
     assert not (tmp_path / "opened").exists()
 
@@ -228,37 +338,71 @@ def test_a_part_that_is_missing_is_named(fails, model, name):
     assert f"without {name}/" in fails("--model", model, "--prompt", "x")
 
 
-@pytest.mark.parametrize("name", ["transformer/config.json", "scheduler/scheduler_config.json",
-                                  "text_encoder/config.json", "tokenizer/tokenizer_config.json"])
+@pytest.mark.parametrize("name", [
+    "transformer/config.json", "scheduler/scheduler_config.json", "text_encoder/config.json",
+    "tokenizer/tokenizer_config.json", "tokenizer_3/tokenizer.json"])
 @pytest.mark.parametrize("content", ["{not JSON", "[]"])
-def test_damaged_settings(fails, model, name, content):
-    (model / name).write_text(content)
-    assert str((model / name).parent) in fails("--model", model, "--prompt", "x")
+def test_damaged_settings(model, name, content):
+    put_file(model / name, content.encode())
+    part = name.split("/")[0]
+    assert str(model / part) in refusal(LOAD[part], model)
 
 
 @pytest.mark.parametrize("name, settings", [
     ("transformer/config.json", {"num_attention_heads": 3}),
     ("transformer/config.json", {"num_attention_heads": "two"}),
-    ("vae/config.json", {"norm_num_groups": 7}), ("scheduler/scheduler_config.json", {"shift": "three"})], ids=str)
-def test_settings_that_make_no_sense(fails, model, name, settings):
-    (model / name).write_text(json.dumps(settings))
-    assert str((model / name).parent) in fails("--model", model, "--prompt", "x")
+    ("vae/config.json", {"norm_num_groups": 7}),
+    ("vae/config.json", {"scaling_factor": 0}),
+    ("vae/config.json", {"scaling_factor": 10**400}),
+    ("vae/config.json", {"shift_factor": [1]}),
+    ("scheduler/scheduler_config.json", {"shift": "three"}),
+    ("text_encoder/config.json", {"num_attention_heads": 0}),
+    ("text_encoder/config.json", {"num_hidden_layers": 0}),
+    ("text_encoder/config.json", {"hidden_size": "wide"}),
+    ("tokenizer/tokenizer_config.json", {"model_max_length": "long"}),
+    ("tokenizer/tokenizer_config.json", {"pad_token": None}),
+], ids=str)
+def test_settings_that_make_no_sense(model, name, settings):
+    file, part = model / name, name.split("/")[0]
+    put_file(file, json.dumps({**json.loads(file.read_text()), **settings}).encode())
+    assert str(model / part) in refusal(LOAD[part], model)
 
 
-@pytest.mark.parametrize("start, words", [
-    ("text_encoders.", "holds no text encoders"),
-    ("text_encoders.clip_g.transformer.text_model.embeddings.", "text_model.embeddings.token_embedding.weight"),
-    ("text_encoders.clip_l.transformer.text_model.final_layer_norm.bias", CLIP_BIAS),
-    ("text_encoders.t5xxl.transformer.shared.weight", "shared.weight"),
-    ("first_stage_model.", "holds no SD3 vae"),
-    ("model.diffusion_model.joint_blocks.2.x_block.mlp.fc1.bias", "joint_blocks.2.x_block.mlp.fc1.bias is missing"),
-])
-def test_a_single_file_that_lacks_something(fails, make_pair, tmp_path, start, words):
-    whole = make_pair("SD3-Medium", "file").path
-    folder = shutil.copytree(whole.parent, tmp_path / "model")
-    save_file({n: t for n, t in load_file(whole).items() if not n.startswith(start)}, folder / whole.name)
-    line = fails("--model", folder / whole.name, "--prompt", "x")
-    assert words in line and whole.name in line
+def test_a_tokenizer_without_its_vocabulary_is_not_taken_for_an_empty_one(model):
+    for file in (model / "tokenizer").iterdir():
+        if file.name != "tokenizer_config.json":
+            file.unlink()
+    assert str(model / "tokenizer") in refusal(text.load_text_encoders, model)
+
+
+def test_text_encoders_of_another_model_are_named(model):
+    edit(model, "transformer", put("context_embedder.weight", 128, 230))
+    network, encoders = mmdit.load_mmdit(model), text.load_text_encoders(model)
+    with pytest.raises(UserError, match="give 224 and 160 features, its transformer reads 230 and 160"):
+        text.check_widths(encoders, network, model)
+
+
+def test_clips_that_are_wider_than_the_context_are_refused(single_file):
+    def narrow(tensors):
+        drop_all(T5)(tensors)
+        put("model.diffusion_model.context_embedder.weight", 128, 190)(tensors)  # CLIP-L and CLIP-G: 64 + 128
+    assert "64 + 128" in refusal(text.load_text_encoders, single_file(narrow))
+
+
+# ---------------------------------------------------------------------------------------------------- our own mistakes
+
+@pytest.mark.parametrize("owner", [mmdit.MMDiT, mmdit.JointBlock, vae.VAE, text.TextEncoders, adversarial.ConvNeXt])
+@pytest.mark.parametrize("mistake", [NameError, TypeError, AttributeError])
+def test_a_mistake_in_our_code_is_not_blamed_on_the_files(make_pair, monkeypatch, owner, mistake):
+    def init(self, *arguments, **more):
+        raise mistake("a typo")
+
+    path = make_pair("SD3-Medium", "folder").path
+    monkeypatch.setattr(owner, "__init__", init)
+    with pytest.raises(mistake, match="a typo"):
+        if owner is adversarial.ConvNeXt:
+            adversarial.load_backbone(pipeline.TINY)
+        pipeline.load_pipeline(path)
 
 
 # ------------------------------------------------------------------------------------------------------ prompt files
@@ -297,37 +441,34 @@ def test_a_folder_as_prompt_file(fails, tmp_path):
 ])
 def test_prompt_files_are_read(tmp_path, name, content):
     (tmp_path / name).write_text(content, encoding="utf-8")
-    assert text.read_prompts(tmp_path / name) == ['a "red" cat', "two dogs, é"]
+    assert prompts.read_prompts(tmp_path / name) == ['a "red" cat', "two dogs, é"]
 
 
 def test_only_line_ends_end_a_prompt(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "one\u2028line"}, ensure_ascii=False), encoding="utf-8")
-    assert text.read_prompts(tmp_path / "a.jsonl") == ["one\u2028line"]
+    assert prompts.read_prompts(tmp_path / "a.jsonl") == ["one\u2028line"]
     (tmp_path / "a.csv").write_text('prompt\n"two\nlines"\n')
-    assert text.read_prompts(tmp_path / "a.csv") == ["two\nlines"]
+    assert prompts.read_prompts(tmp_path / "a.csv") == ["two\nlines"]
 
 
-# --------------------------------------------------------------------------------------------------- what is no error
+# ---------------------------------------------------------------------------------------------------- long prompts
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(make_pair, capfd):
-    encoders = make_pair("SD3-Medium", "folder").ours.text
+    encoders = text.load_text_encoders(make_pair("SD3-Medium", "folder").path)
     start = "red circle " * 5 + "on a "  # 12 words, as many as CLIP and T5 both read
     context, pooled = encoders([start + "white background"])
     lines = capfd.readouterr().err.splitlines()
-    assert lines and all(line.startswith("warning: ") and "white background" in line for line in lines)
+    assert len(lines) == 2 and all(line.startswith("warning: ") and "white background" in line for line in lines)
     assert any("CLIP" in line for line in lines) and any("T5" in line for line in lines)
     short_context, short_pooled = encoders([start])
     assert torch.equal(context, short_context) and torch.equal(pooled, short_pooled)
     assert capfd.readouterr().err == ""
 
 
-def test_images_and_latents_are_written(model, tmp_path, monkeypatch, capfd):
-    arguments = ["--model", model, "--prompt", "a cat", "--size", "32x48", "--steps", "2", "--count", "2",
-                 "--out", tmp_path / "new" / "a.png", "--latents", tmp_path / "z.safetensors"]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
-    sample.main()
-    names = ["a-000.png", "a-001.png", "a.png"]
-    assert capfd.readouterr().out.split() == [str(tmp_path / "new" / name) for name in names]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
-    assert load_file(tmp_path / "z.safetensors")["latents"].shape == (2, 16, 4, 6)
-    assert sample.Image.open(tmp_path / "new" / "a-000.png").size == (48, 32)
+def test_long_prompts_after_the_third_are_counted_and_not_shown(make_pair, capfd):
+    encoders = text.load_text_encoders(make_pair("SD3-Medium", "folder").path)
+    for _ in range(2):
+        encoders([f"{'red ' * 12}{word}" for word in ("circle", "square", "cross", "diamond", "triangle", "shape")])
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 * (3 + 1) and sum("counted" in line for line in lines) == 2
+    assert {reader: len(cut) for reader, cut in encoders.cut.items()} == {"CLIP": 6, "T5": 6}

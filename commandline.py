@@ -1,0 +1,110 @@
+"""What the scripts' command lines share: errors that are one line, arguments that are checked where they are given."""
+
+import argparse
+import contextlib
+import math
+import signal
+import sys
+
+import torch
+
+
+class UserError(Exception):
+    """Something the user can put right. The scripts print its one line and exit with status 2."""
+
+
+def run_script(main):
+    """Run a script's main; what the user can put right becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(*stop.args or ["stopped"], file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def asked_to_stop():
+    """Ctrl-C and SIGTERM wait for the end of an iteration: a list, no longer empty once one has come. The second ends
+    at once."""
+    asked, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        asked.append(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse with one-line errors and no guessing at abbreviated flags."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def find_device(name):
+    """The device asked for, or the best there is. Raises UserError where it isn't there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name} is not there ({str(error).splitlines()[0]})") from error
+    return device
+
+
+# ----------------------------------------------------------------------------------------------- types of arguments
+
+def utf8(text):
+    text.encode()  # fails on what a terminal of another encoding passed on
+    return text
+
+
+def number(least, below=math.inf, kind=float):
+    """A type of arguments: numbers from `least` up to, but without, `below`. NaN is none."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value < below:
+            top = f" to {below:g}" if below < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least:g}{top}")
+        return value
+
+    parse.__name__ = "number" if kind is float else "whole number"  # as argparse names it: invalid number value: 'x'
+    return parse
+
+
+count = number(1, kind=int)
+positive = number(1e-30)
+seed = number(0, 2**43, kind=int)  # prompts.seeded multiplies it by 1,000,003, and torch takes what is below 2^63
+
+
+def image_size(text):
+    """H or HxW -> (H, W)."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 and int(side) % 16 == 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text} is not H or HxW with sides that are multiples of 16")
+    return int(sides[0]), int(sides[-1])
+
+
+def blocks(text):
+    """"4-7" -> (4, 7), the first and the last block to cache; "none" -> None."""
+    if text == "none":
+        return None
+    parts = text.split("-")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text} is not A-B, the first and the last block, counted from 0, or none")
+    return int(parts[0]), int(parts[1])

@@ -1,0 +1,167 @@
+"""The prompts of a run: read from a file or drawn from the tiny world; encoded beforehand where that takes long."""
+
+import csv
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import parallel
+import shapes
+import weights
+from commandline import UserError
+from mmdit import empty_mmdit
+from text import check_widths, load_text_encoders
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+def read_prompts(path):
+    """The prompts of a file: .txt (one a line), .jsonl (field `prompt`, else `ori_prompt`), .csv or .tsv (column
+    `prompt`)."""
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            lines = list(file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if path.suffix == ".jsonl":
+        prompts = [prompt_of_json(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    elif path.suffix in (".csv", ".tsv"):
+        prompts = column_of_table(path, lines)
+    else:
+        prompts = lines
+    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt")
+    return prompts
+
+
+def prompt_of_json(path, number, line):
+    try:
+        record = json.loads(line)
+        prompt = record["prompt"] if record.get("prompt") else record["ori_prompt"]
+        prompt.encode()  # fails where it is no text, or half a character
+        return prompt
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}, line {number}: no JSON object with a text `prompt` or `ori_prompt`") from error
+
+
+def column_of_table(path, lines):
+    style = {"delimiter": ","} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    try:
+        header, *rows = list(csv.reader(lines, **style)) or [[]]
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot be read as a table in {path.suffix} format ({error})") from error
+    columns = [name.strip().lower() for name in header]
+    if "prompt" not in columns:
+        raise UserError(f"{path}: no column named prompt (found: {', '.join(columns) or 'nothing'})")
+    return [row[columns.index("prompt")] for row in rows if len(row) > columns.index("prompt")]
+
+
+# ------------------------------------------------------------------------------------------------------- drawing
+
+def draw_prompts(prompts, n, generator):
+    """n prompts of the list, or, without one, fresh captions of the tiny world."""
+    if prompts is None:
+        return shapes.draw_captions(n, generator)[0]
+    return [prompts[i] for i in torch.randint(len(prompts), (n,), generator=generator)]
+
+
+def seeded(seed, step):
+    """The random numbers of one iteration; its prompts are drawn first."""
+    return torch.Generator().manual_seed(1_000_003 * seed + step)
+
+
+def sheet_prompts(prompts, rows=8):
+    """Those of a run's contact sheets, the same at every time and in every run."""
+    return draw_prompts(prompts, rows, torch.Generator().manual_seed(7))
+
+
+# ------------------------------------------------------------------------------------------- encoded beforehand
+
+def open_prompts(args):
+    """The prompts of a training run, and what encodes them. None stands for captions of the tiny world.
+
+    The tiny world's encoders are small and stay in memory. For other models, the text that the run will draw is encoded
+    now, each process its share, and read from the disk from then on.
+    """
+    tiny = shapes.is_tiny_world(args.model)
+    if args.prompts is None and not tiny:
+        raise UserError(f"{args.model}: give --prompts FILE; only the tiny SD3 draws captions of its own")
+    prompts = read_prompts(args.prompts) if args.prompts else None
+    if tiny:
+        return prompts, load_text_encoders(args.model, args.device)
+    drawn = {"", *sheet_prompts(prompts)}
+    for step in range(args.iterations):
+        drawn.update(draw_prompts(prompts, args.batch, seeded(args.seed, step)))
+    text = CachedText(args.text_cache, args.model, args.arithmetic)
+    text.encode_all(drawn)
+    return prompts, text
+
+
+class CachedText:
+    """Prompts encoded once, a safetensors file for each, and read from there: the encoders are in memory only while
+    they work.
+
+    Called like text.TextEncoders. Each model and dtype has a folder of its own in `folder`.
+    """
+
+    def __init__(self, folder, model, arithmetic):
+        self.model, (self.device, self.dtype, _) = weights.find_model(model), arithmetic
+        self.folder = Path(folder) / f"{Path(model).name}-{weights.identity(model, self.dtype)}"
+
+    def __call__(self, prompts):
+        """B prompts -> context (B, 77 + 256, D), pooled (B, P). Raises UserError for one that was not encoded."""
+        parts = []
+        for prompt in prompts:
+            with weights.open_safetensors(self.file(prompt)) as file:
+                parts.append((file.get_tensor("context"), file.get_tensor("pooled")))
+        return [torch.stack(part).to(self.device, non_blocking=True) for part in zip(*parts)]
+
+    def file(self, prompt):
+        return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
+
+    def open(self):
+        """The encoders, on the CPU."""
+        return load_text_encoders(self.model, "cpu", self.dtype)
+
+    def encode_all(self, prompts):
+        """Encode those of the prompts that are not there yet, each process its share."""
+        missing = [prompt for prompt in sorted(prompts) if not self.file(prompt).exists()]
+        parallel.wait()  # until all processes have seen the same ones missing
+        if missing:
+            self.encode(parallel.share(missing), in_all=len(missing))
+        parallel.wait()
+
+    @torch.no_grad()
+    def encode(self, prompts, in_all, batch=16):
+        """Encode prompts, of so many `in_all` processes. What is done stays done if it is stopped.
+
+        Says how much there is to do before it starts; raises UserError where the disk is too small for it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        encoders = load_text_encoders(self.model, self.device, self.dtype)
+        check_widths(encoders, empty_mmdit(weights.NetworkFiles(self.model, "transformer")), self.model)
+
+        def encoded(prompts):
+            return [part.to("cpu", self.dtype).contiguous() for part in encoders(prompts)]
+
+        needed = in_all * sum(part.nbytes for part in encoded([""])) / 1e9
+        free = shutil.disk_usage(self.folder).free / 1e9
+        parallel.say(f"text: {in_all} prompts to encode, {needed:.3g} GB in {self.folder}")
+        if needed > free:
+            raise UserError(f"{self.folder}: {needed:.3g} GB of encoded prompts do not fit, {free:.3g} GB are free; "
+                            "name another disk with --text-cache, or take fewer prompts or --iterations")
+        for start in tqdm(range(0, len(prompts), batch), desc="encoding text", disable=not parallel.is_first()):
+            part = prompts[start:start + batch]
+            for prompt, context, pooled in zip(part, *encoded(part), strict=True):
+                weights.write_safetensors(self.file(prompt), {"context": context, "pooled": pooled}, {"prompt": prompt})
+        for reader, cut in encoders.cut.items():
+            if cut:
+                parallel.say(f"text: {len(cut)} of these prompts are too long for {reader}, which reads their beginning")
