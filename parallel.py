@@ -1,14 +1,17 @@
-"""Many GPUs: one process for each, started by `torchrun --nproc_per_node=N train.py …`. Alone, a process runs the same code.
+"""Many GPUs: one process for each, started by `torchrun --nproc_per_node=N train.py …`. Alone, a process runs the same
+code.
 
-The global batch stays what was asked for. Every process draws all of its random numbers and takes its own rows, so that a
-decision which all must take alike (who runs how many passes?) needs no message. What is trained in full is sharded block by
-block by FSDP2; what is small (adapters, compensators, heads) every process has whole, and its gradients are averaged.
-States are written by torch.distributed.checkpoint as safetensors, each process its part; any number of processes reads them.
+The global batch stays what was asked for. Every process draws all of its random numbers and takes its own rows, so that
+a decision which all must take alike (who runs how many passes?) needs no message. What is trained in full is sharded
+block by block by FSDP2; what is small (adapters, compensators, heads) every process has whole, and its gradients are
+averaged. States are written by torch.distributed.checkpoint as safetensors, each process its part; any number of
+processes reads them.
 """
 
 import os
 import shutil
 import warnings
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 
@@ -20,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 import weights
 
-quiet = partial(warnings.catch_warnings, action="ignore", category=UserWarning)  # "torch.distributed is disabled", and so on
+quiet = partial(warnings.catch_warnings, action="ignore", category=UserWarning)  # "torch.distributed is disabled", …
 TIMEOUT = timedelta(hours=1)  # of one process waiting for another; torchrun itself ends them all when one dies
 
 
@@ -59,6 +62,24 @@ def wait():
         dist.barrier()
 
 
+def any_of(flags):
+    """Whether any flag of any process is set, so that all decide alike."""
+    found = torch.tensor(float(any(flags)))
+    if dist.is_initialized():
+        dist.all_reduce(found)
+    return found.item() > 0
+
+
+def loading_device(device):
+    """Where a network is loaded: on the CPU if it is to be shared out."""
+    return device if processes() == 1 else torch.device("cpu")
+
+
+def to_device(tensor, device):
+    """Noise and the like, without waiting; vectors (step indices, noise levels) stay on the CPU."""
+    return tensor.to(device, non_blocking=True) if tensor.ndim > 1 else tensor
+
+
 def share(things):
     """This process's part of a list."""
     return things[dist.get_rank()::processes()] if dist.is_initialized() else things
@@ -67,10 +88,11 @@ def share(things):
 # ------------------------------------------------------------------------------------------------ batch and gradients
 
 def micro_batches(batch, at_once=None):
-    """The rows of the global batch that each pass works on, `at_once` samples in each process; the passes are accumulated.
+    """The rows of the global batch that each pass works on, `at_once` samples in each process; the passes are
+    accumulated.
 
-    Returns [(the rows of this process, the rows of all processes)]; a sorted batch stays sorted, and the rows of one pass lie
-    close together in it. Raises UserError where the batch cannot be divided so.
+    Returns [(the rows of this process, the rows of all processes)]; a sorted batch stays sorted, and the rows of one
+    pass lie close together in it. Raises UserError where the batch cannot be divided so.
     """
     if batch % processes() or batch // processes() % (at_once or 1):
         raise weights.UserError(f"a batch of {batch} cannot be shared out among {processes()} processes"
@@ -126,7 +148,11 @@ def full(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def fill_whole(network, sharded):
+def is_sharded(network):
+    return any(isinstance(p, DTensor) for p in network.parameters())
+
+
+def gather(network, sharded):
     """Copy the weights of a sharded network to a plain one of the same shape, on the CPU. All processes must ask."""
     target = network.state_dict()
     for name, tensor in sharded.state_dict().items():
@@ -136,16 +162,19 @@ def fill_whole(network, sharded):
 
 # ------------------------------------------------------------------------------------------------- states of runs
 
-def save(tensors, folder, header):
-    """Write {name: tensor}, sharded or not, and a header (JSON): whole or not at all, in the place of the state before.
+def save(folder, networks, optimizers, header):
+    """Write networks and optimisers, {name: …}, sharded or not, and a header (JSON with a `step`): whole or not at all.
 
     `folder`/state.json holds the header and the name of the subfolder with the tensors, and changes last.
     """
     part = folder / f"state-{header['step']:06}"
+    tensors = network_tensors(networks)
+    for place, (optimizer, parameter) in adam_places(optimizers).items():
+        tensors.update({place + name: value for name, value in optimizer.state[parameter].items()})
     if is_first():
         shutil.rmtree(part, ignore_errors=True)  # of a run that ended while it wrote
     wait()
-    with weights.explained(part, "a place for the state of the run"), quiet():
+    with checkpoint_errors(part, "be written as the state of the run"):
         checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(str(part), save_distributed=True))
     if is_first():
         weights.write_json(folder / "state.json", {**header, "tensors": part.name})
@@ -161,11 +190,43 @@ def read_header(folder):
     return weights.read_json(file) if file.exists() else None
 
 
-def load(folder, target):
-    """Fill the tensors of target(names), a function from the names of those that were saved to {name: tensor}."""
-    part = folder / weights.read_json(folder / "state.json")["tensors"]
-    with weights.explained(part, "the state of a run"), quiet():
-        reader = checkpoint.HuggingFaceStorageReader(str(part))
-        tensors = target(reader.read_metadata().state_dict_metadata)
+def load(folder, networks, optimizers, offload):
+    """Fill networks and optimisers as `save` was given them. offload: the latter's states in the CPU's memory."""
+    part = folder / str(read_header(folder).get("tensors"))
+    reader = checkpoint.HuggingFaceStorageReader(str(part))
+    with checkpoint_errors(part, "be read as the state of a run"):
+        saved = reader.read_metadata().state_dict_metadata
+    tensors = network_tensors(networks)
+    for place, (optimizer, parameter) in adam_places(optimizers).items():
+        if place + "step" in saved:  # a parameter that was at rest has no state
+            empty = {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter).detach(),
+                     "exp_avg_sq": torch.zeros_like(parameter).detach()}
+            optimizer.state[parameter] = {name: tensor.cpu() if offload else tensor for name, tensor in empty.items()}
+            tensors.update({place + name: tensor for name, tensor in optimizer.state[parameter].items()})
+    with checkpoint_errors(part, "be read as the state of this run"):
         checkpoint.load(tensors, storage_reader=reader)
+
+
+def network_tensors(networks):
+    """{name: tensor}; one that a network holds under two names (T5's embedding) stands there once."""
+    tensors = {}
+    for key, network in networks.items():
+        names = {tensor: name for name, tensor in network.state_dict(keep_vars=True).items()}
+        tensors.update({f"{key}/{name}": tensor.detach() for tensor, name in names.items()})
     return tensors
+
+
+@contextmanager
+def checkpoint_errors(part, action):
+    """One clear line for what torch.distributed.checkpoint raises over a disk or a file."""
+    with weights.library_errors(part, action), quiet():
+        try:
+            yield
+        except checkpoint.CheckpointException as error:  # of one process or more; the first speaks for all
+            raise next(iter(error.failures.values()))[0] from error
+
+
+def adam_places(optimizers):
+    """{place in the state: (optimiser, parameter)}."""
+    return {f"{key}/{i}/": (optimizer, parameter) for key, optimizer in optimizers.items()
+            for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])}

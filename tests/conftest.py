@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProject
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import pipeline  # noqa: E402
 import quick_train  # noqa: E402
-import sample  # noqa: E402
-import tiny  # noqa: E402
-import train  # noqa: E402
+
+torch.set_num_threads(1)  # networks are small here, and threads that wait for each other take long on a busy machine
 
 KINDS = {
     "SD3-Medium": {},
@@ -38,7 +38,7 @@ def make_pair(tmp_path_factory):
 
     @cache
     def reference(kind):
-        return build(root / "tokenizers", **KINDS[kind])
+        return build(**KINDS[kind])
 
     @cache
     def make(kind, layout):
@@ -47,35 +47,18 @@ def make_pair(tmp_path_factory):
             parts = {**theirs.components, "text_encoder_3": None, "tokenizer_3": None}
             theirs = StableDiffusion3Pipeline(**parts)
         path = WRITERS[layout.split()[0]](theirs, folder, layout)
-        return Pair(theirs, sample.load_pipeline(path), path)
+        return Pair(theirs, pipeline.load_pipeline(path), path)
 
     return make
-
-
-@pytest.fixture(scope="session", params=PAIRS, ids=" ".join)
-def pair(request, make_pair):
-    return make_pair(*request.param)
 
 
 # ------------------------------------------------------------------------------------------------- training runs
 
 @pytest.fixture(scope="session")
-def train_run():
-    """train_run(*arguments) runs train.py on the shipped model: in fp32, small batches and sheets, quick measures."""
-    def run(*arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            for owner, name, value in quick_train.quick():
-                patch.setattr(owner, name, value)
-            patch.setattr(sys, "argv", ["train.py", *quick_train.FLAGS, *map(str, arguments)])
-            train.main()
-    return run
-
-
-@pytest.fixture(scope="session")
-def two_steps(train_run, tmp_path_factory):
+def two_steps(tmp_path_factory):
     """A Stage I run of two iterations: the folder of its student of two steps."""
     out = tmp_path_factory.mktemp("runs") / "stage1"
-    train_run("--stage", 1, "--iterations", 2, "--out", out)
+    quick_train.run("--stage", 1, "--iterations", 2, "--out", out)
     return out
 
 
@@ -87,19 +70,17 @@ def read_state(run):
 
 # --------------------------------------------------------------------------------------------- random pipelines
 
-def build(tokenizers, **kind):
+def build(**kind):
     """A pipeline of diffusers: the official VAE's constants, odd sizes elsewhere, weights that fp16 holds exactly."""
-    vocabulary = tiny.write_clip_tokenizer(tokenizers / "tokenizer", pad="<|endoftext|>")
-    tiny.write_clip_tokenizer(tokenizers / "tokenizer_2", pad="!")
-    t5_vocabulary = tiny.write_t5_tokenizer(tokenizers / "tokenizer_3")
+    tokenizers = [AutoTokenizer.from_pretrained(pipeline.TINY / f"tokenizer{n}") for n in ("", "_2", "_3")]
     clips = [CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=3 * width, projection_dim=projection,
-        num_hidden_layers=3, num_attention_heads=width // 64, max_position_embeddings=tiny.CLIP_LENGTH,
-        hidden_act=activation, bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=vocabulary["<|endoftext|>"],
-        pad_token_id=vocabulary[pad])) for width, projection, activation, pad in (
-            (64, 64, "quick_gelu", "<|endoftext|>"), (128, 96, "gelu", "!"))]
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, projection_dim=projection,
+        num_hidden_layers=3, num_attention_heads=width // 64, max_position_embeddings=tokenizer.model_max_length,
+        hidden_act=activation, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)) for tokenizer, width, projection, activation in (
+            (tokenizers[0], 64, 64, "quick_gelu"), (tokenizers[1], 128, 96, "gelu"))]
     t5 = T5EncoderModel(T5Config(
-        vocab_size=t5_vocabulary, d_model=224, d_kv=64, num_heads=2, d_ff=160, num_layers=2,
+        vocab_size=len(tokenizers[2]), d_model=224, d_kv=64, num_heads=2, d_ff=160, num_layers=2,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False))  # untied, as T5-XXL's config has it
     transformer = SD3Transformer2DModel(
         sample_size=8, num_layers=3, num_attention_heads=2, joint_attention_dim=224, caption_projection_dim=128,
@@ -111,12 +92,11 @@ def build(tokenizers, **kind):
     for seed, network in enumerate((*clips, t5, transformer, vae)):
         randomise(network.requires_grad_(False).eval(), seed)
     clips[0].text_projection.weight.copy_(torch.eye(64))  # as published
-    tokenizers = [AutoTokenizer.from_pretrained(tokenizers / f"tokenizer{n}") for n in ("", "_2", "_3")]
-    pipeline = StableDiffusion3Pipeline(
+    theirs = StableDiffusion3Pipeline(
         transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, clips[0], tokenizers[0], clips[1], tokenizers[1],
         t5, tokenizers[2])
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
 
 
 def randomise(network, seed):

@@ -1,35 +1,46 @@
-"""train.py on the shipped model with small batches and sheets and quick measures: for tests, and for torchrun.
+"""train.py on the shipped model, quickly: for tests, and as a program for torchrun.
 
-With --bare as first argument: without sheets and measures, and Stage II's discriminator is alone for one update only.
+Small batches, sheets and measures; with --bare, no sheets and no measures. A word NAME=VALUE sets what has no flag, in
+the preset of Stage II.
 """
 
+import contextlib
+import json
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import commandline  # noqa: E402
+import report  # noqa: E402
 import shapes  # noqa: E402
 import train  # noqa: E402
-import weights  # noqa: E402
 
-FLAGS = "--batch 4 --dtype fp32 --sheet-every 2".split()
-
-
-def quick():
-    """(owner, name, value) of what is made quick, as it is now."""
-    return [(shapes, "measure", partial(shapes.measure, captions=8, samples=2, renders=64, draws=2)),
-            (train, "Sheet", partial(train.Sheet, rows=1, seeds=(1,)))]
+FLAGS = "--batch 4 --dtype fp32".split()
+SMALL = [(shapes, "measure", partial(shapes.measure, captions=8, samples=2, renders=64, draws=2)),
+         (train, "sheet_prompts", partial(train.sheet_prompts, rows=1)),
+         (report, "Sheet", partial(report.Sheet, seeds=(1,)))]
+BARE = [(report, "Sheet", lambda *arguments: None), (report, "write_metrics", lambda *arguments: None)]
 
 
-def bare():
-    soon = {2: {**train.PRESETS[2], "tiny": {**train.PRESETS[2]["tiny"], "alone": 1}}}  # the student moves from the second update
-    return [(train, "Sheet", lambda *args, **sizes: None), (train, "report", lambda *args: None),
-            (train, "PRESETS", {**train.PRESETS, **soon})]
+def run(*words):
+    """What `python train.py WORDS` does."""
+    words = list(map(str, words))
+    preset = {name: json.loads(value) for name, value in (word.split("=") for word in words if is_setting(word))}
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in BARE if "--bare" in words else SMALL:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        stack.enter_context(mock.patch.dict(train.PRESETS["tiny"][2], preset))
+        stack.enter_context(mock.patch("sys.argv", [
+            "train.py", *FLAGS, *(word for word in words if word != "--bare" and not is_setting(word))]))
+        train.main()
+
+
+def is_setting(word):
+    return "=" in word and word.split("=")[0] in train.STAGE2
 
 
 if __name__ == "__main__":
-    for owner, name, value in bare() if sys.argv[1] == "--bare" else quick():
-        setattr(owner, name, value)
-    sys.argv[1:] = FLAGS + [word for word in sys.argv[1:] if word != "--bare"]
-    weights.run_script(train.main)
+    commandline.run_script(partial(run, *sys.argv[1:]))

@@ -37,7 +37,8 @@ def test_every_matrix_of_attention_and_feed_forward_has_an_adapter_and_no_other(
 def test_in_stage_1_every_linear_map_has_an_adapter():
     network, adapters = lora.add_lora(random_network(dual=(0,)), 4, everywhere=True)
     assert len(adapters) > 2 * 50
-    assert all(isinstance(module, lora.LoRALinear) for module in network.modules() if isinstance(module, torch.nn.Linear))
+    assert all(isinstance(module, lora.LoRALinear) for module in network.modules()
+               if isinstance(module, torch.nn.Linear))
 
 
 def test_queries_keys_and_values_have_an_adapter_each():

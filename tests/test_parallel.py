@@ -1,4 +1,5 @@
-"""Many processes: what two of them train is what one trains on the same batch; a state fits any number; a death ends all."""
+"""Many processes: what two of them train is what one trains on the same batch; a state fits any number; a death ends
+all."""
 
 import json
 import os
@@ -14,21 +15,21 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
 import parallel
+import pipeline
 import quick_train
-import sample
-import weights
+from commandline import UserError
 
 FULL = "--stage 1 --iterations 2".split()
 ADAPTERS = "--stage 1 --iterations 2 --lora 2".split()
-REFINED = "--stage 2 --iterations 4 --objective adv+kd --lora 2 --warmup 0 --turns 1".split()
-REFINED_FULL = "--stage 2 --iterations 4 --objective adv+kd --lora 0 --warmup 1 --turns 1".split()
+REFINED = "--stage 2 --iterations 4 --objective adv+kd --lora 2 alone=1 warmup=0".split()
+REFINED_FULL = "--stage 2 --iterations 4 --objective adv+kd --lora 0 alone=1 warmup=1".split()
 RUNS = {"full": FULL, "adapters": ADAPTERS, "refined": REFINED, "refined, all weights": REFINED_FULL}
 
 
-def torchrun(*arguments, wait=True):
+def torchrun(*words, wait=True):
     """Two processes of quick_train.py."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
-               "--rdzv-endpoint=localhost:0", quick_train.__file__, "--bare", *map(str, arguments)]
+               "--rdzv-endpoint=localhost:0", quick_train.__file__, "--bare", *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     if wait:
@@ -37,17 +38,13 @@ def torchrun(*arguments, wait=True):
     return process
 
 
-@pytest.fixture(scope="module")
-def alone(train_run):
-    """alone(*arguments): the same in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        for owner, name, value in quick_train.bare():
-            patch.setattr(owner, name, value)
-        yield train_run
+def alone(*words):
+    """The same in this process."""
+    quick_train.run("--bare", *words)
 
 
 @pytest.fixture(scope="module")
-def pairs(alone, two_steps, tmp_path_factory):
+def pairs(two_steps, tmp_path_factory):
     """Two folders, {what: run}: by one process with two samples at once, by two processes with one each."""
     folder = tmp_path_factory.mktemp("parallel")
     for name, flags in RUNS.items():
@@ -59,11 +56,13 @@ def pairs(alone, two_steps, tmp_path_factory):
 
 def losses(run):
     """What the log says last."""
-    return {name: value for name, value in json.loads((run / "log.jsonl").read_text().splitlines()[-1]).items() if name != "run"}
+    entry = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    return {name: value for name, value in entry.items() if name not in ("run", "seconds")}
 
 
 def alike(one, two):
-    """The losses to rounding; the norm is of a gradient after updates by Adam, which are signs at first: there rounding grows."""
+    """The losses to rounding; the norm is of a gradient after updates by Adam, which are signs at first: there rounding
+    grows."""
     return one.pop("norm") == pytest.approx(two.pop("norm"), rel=1e-3) and one == pytest.approx(two, rel=1e-4)
 
 
@@ -77,10 +76,8 @@ def tensors(run):
     return found
 
 
-@pytest.mark.parametrize("what", RUNS)
-def test_two_processes_train_what_one_trains_on_the_same_batch(pairs, what):
-    one, two = pairs / "one" / what, pairs / "two" / what
-    assert alike(losses(one), losses(two))
+def check_alike(one, two):
+    """Two states of runs that saw the same batches, but for rounding."""
     one, two = tensors(one), tensors(two)
     assert one.keys() == two.keys()
     off = {}  # by name: which weights differ; where a gradient is next to nothing, its sign is a matter of rounding
@@ -94,18 +91,25 @@ def test_two_processes_train_what_one_trains_on_the_same_batch(pairs, what):
     assert torch.cat(list(off.values())).float().mean() < 1e-3            # of all weights, all but one in a thousand
 
 
+@pytest.mark.parametrize("what", RUNS)
+def test_two_processes_train_what_one_trains_on_the_same_batch(pairs, what):
+    one, two = pairs / "one" / what, pairs / "two" / what
+    assert alike(losses(one), losses(two))
+    check_alike(one, two)
+
+
 def test_the_student_of_two_processes_is_whole_and_opens_like_any_other(pairs):
     one, two = (load_file(pairs / n / "full/transformer/diffusion_pytorch_model.safetensors") for n in ("one", "two"))
     assert {name: t.shape for name, t in one.items()} == {name: t.shape for name, t in two.items()}
-    assert sample.load_pipeline(pairs / "two" / "full").sigmas().tolist() == [1, 0.75, 0]
+    assert pipeline.load_pipeline(pairs / "two" / "full").sigmas().tolist() == [1, 0.75, 0]
 
 
-def test_a_state_of_two_processes_goes_on_in_one(pairs, alone, tmp_path):
+def test_a_state_of_two_processes_goes_on_in_one(pairs, tmp_path):
     out = tmp_path / "out"
     torchrun("--stage", 1, "--iterations", 1, "--out", out)
     assert len(list((out / "state-000001").iterdir())) == 2
     alone(*FULL, "--out", out, "--resume")
-    assert alike(losses(out), losses(pairs / "one" / "full"))
+    check_alike(out, pairs / "one" / "full")
 
 
 def test_a_process_that_dies_ends_the_run_with_an_error(tmp_path):
@@ -129,5 +133,5 @@ def test_the_batch_is_shared_out_whole_and_stays_in_order():
     assert [own.tolist() for own, _ in parts] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert torch.equal(torch.cat([everyone for _, everyone in parts]), torch.arange(8))
     assert [own.tolist() for own, _ in parallel.micro_batches(3)] == [[0, 1, 2]]
-    with pytest.raises(weights.UserError, match="batch of 8 cannot be shared out among 1 processes, 3 samples at once"):
+    with pytest.raises(UserError, match="batch of 8 cannot be shared out among 1 processes, 3 samples at once"):
         parallel.micro_batches(8, at_once=3)

@@ -1,188 +1,244 @@
-"""`python train.py`, Stage 0 and I: the loop, exact resume, what a run leaves behind, wrong arguments. On the shipped model."""
+"""`python train.py --stage 1`: the loop, exact resume, what a run leaves behind, wrong arguments. On the shipped
+model."""
 
 import json
+import shutil
+import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import flow
-import sample
-import shapes
-import tiny
+import commandline
+import pipeline
+import quick_train
+import report
 import train
-import weights
+from commandline import UserError
 from conftest import read_state
 
 
+def stage1(out, *words):
+    quick_train.run("--stage", 1, "--out", out, "--bare", *words)
+    return out
+
+
+def log_steps(run):
+    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def same(one, other):
+    one, other = read_state(one), read_state(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# -------------------------------------------------------------------------------------------------- what a run leaves
+
 def test_a_run_leaves_log_sheets_metrics_and_a_student_that_needs_no_flags(two_steps):
-    assert [json.loads(line)["step"] for line in (two_steps / "log.jsonl").read_text().splitlines()] == [2]
+    entry, = map(json.loads, (two_steps / "log.jsonl").read_text().splitlines())
+    assert entry["step"] == 2 and {"student", "fake", "norm", "seconds"} <= set(entry)
     assert (two_steps / "sheet-000002.png").exists()
     assert set(json.loads((two_steps / "metrics.json").read_text())) == {
-        "student", "teacher, 2 steps", f"teacher, 28 steps, w = {train.PRESETS[1]['tiny']['guidance']:g}"}
-    student = sample.load_pipeline(two_steps)
+        "student", "teacher, 2 steps", "teacher, 28 steps, w = 7"}
+    student = pipeline.load_pipeline(two_steps)
     assert student.sigmas().tolist() == [1, 0.75, 0] and student.guidance() == 1
     assert not list(two_steps.rglob("*.part"))
 
 
 def test_training_moves_student_and_fake_but_not_the_teacher(two_steps):
     state = read_state(two_steps)
-    teacher = sample.load_pipeline(sample.TINY).mmdit.state_dict()
+    teacher = pipeline.load_pipeline(pipeline.TINY).mmdit.state_dict()
     for network in ("student", "fake"):
         moved = {name for name, tensor in teacher.items() if not torch.equal(tensor, state[f"{network}/{name}"])}
         still = set(teacher) - moved
         assert "pos_embed" in still and len(still) <= 3, still
     name = "joint_blocks.0.x_block.attn.qkv.weight"
     first = (state[f"student/{name}"] - teacher[name]).abs().max()
-    assert 0 < first <= 2.5 * train.PRESETS[1]["tiny"]["student_lr"]  # AdamW: at most about lr an iteration
+    assert 0 < first <= 2.5 * train.PRESETS["tiny"][1]["student_lr"]  # AdamW: at most about lr an iteration
 
 
-def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(train_run, two_steps, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_run("--stage", 1, "--iterations", 3, "--out", whole)
-    train_run("--stage", 1, "--iterations", 1, "--out", parts)
-    train_run("--stage", 1, "--iterations", 3, "--out", parts, "--resume")
-    one, other = read_state(whole), read_state(parts)
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def test_a_student_says_what_it_was_made_of_and_not_where(two_steps):
+    header = pipeline.load_pipeline(two_steps).mmdit.settings
+    recipe = json.loads(header["training"])
+    assert recipe["alpha"] == 0.8 and recipe["betas"] == [0.0, 0.999] and recipe["weight_decay"] == 1e-4
+    assert "/" not in header["training"]
 
 
-@pytest.mark.parametrize("flags", ["--steps 1", "--steps 4 --windows whole --alpha 1 --density uniform", "--dtype bf16"])
-def test_other_settings_run_through_the_same_code(train_run, flags, tmp_path):
-    train_run("--stage", 1, "--iterations", 1, "--out", tmp_path / "out", *flags.split())
-    assert torch.isfinite(sample.generate(sample.load_pipeline(tmp_path / "out"), ["a circle"], [0])).all()
+def test_the_published_order_is_kept_in_the_loop(monkeypatch, tmp_path):
+    """Of each iteration the fake score's loss comes first, then its step, then the student's loss and step."""
+    events, descend, iteration = [], train.descend, train.dmd.iteration
+
+    def watched(*arguments):
+        for name, loss in zip(("fake loss", "student loss"), iteration(*arguments)):
+            events.append(name)
+            yield loss
+
+    monkeypatch.setattr(train.dmd, "iteration", watched)
+    monkeypatch.setattr(train, "descend", lambda optimizer, *more: events.append(optimizer.param_groups[0]["lr"])
+                        or descend(optimizer, *more))
+    stage1(tmp_path / "out", "--iterations", 1, "--student-lr", 1, "--fake-lr", 2, "--at-once", 2)
+    assert events == ["fake loss", "fake loss", 2, "student loss", "student loss", 1]
 
 
-def test_prompts_of_a_file_are_trained_on(train_run, tmp_path, monkeypatch):
+# -------------------------------------------------------------------------------------------------------- going on
+
+@pytest.mark.parametrize("flags", [[], ["--lora", 2], ["--offload"]], ids=str)
+def test_a_resumed_run_ends_with_the_same_bits_as_one_that_never_stopped(flags, tmp_path):
+    whole = stage1(tmp_path / "whole", "--iterations", 3, *flags)
+    parts = stage1(tmp_path / "parts", "--iterations", 1, *flags)
+    shutil.copytree(parts, tmp_path / "moved")  # a run does not care where it lies, nor about a line cut short
+    with open(tmp_path / "moved" / "log.jsonl", "a") as log:
+        log.write('{"run": "stage 1", "st')
+    moved = stage1(tmp_path / "moved", "--iterations", 3, "--resume", *flags)
+    assert same(whole, moved) and log_steps(moved) == [1, 3]
+
+
+def test_offloaded_states_come_back_into_the_cpus_memory_not_the_devices(tmp_path, monkeypatch):
+    run = stage1(tmp_path / "run", "--iterations", 1, "--offload")
+    seen, load = [], train.parallel.load
+    monkeypatch.setattr(train.parallel, "load", lambda *arguments: seen.append(arguments[-1]) or load(*arguments))
+    stage1(run, "--iterations", 2, "--offload", "--resume")
+    assert seen == [True]
+
+
+def test_ctrl_c_ends_an_iteration_saves_and_says_how_to_go_on(tmp_path, monkeypatch):
+    whole, add, steps = stage1(tmp_path / "whole", "--iterations", 3), report.Log.add, []
+
+    def interrupted(log, values):
+        steps.append(add(log, values))
+        if len(steps) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(report.Log, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 2; go on with --resume"):
+            stage1(tmp_path / "parts", "--iterations", 3)
+    assert same(whole, stage1(tmp_path / "parts", "--iterations", 3, "--resume"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_log_has_the_mean_of_all_iterations_since_the_line_before(tmp_path):
+    log = report.Log(tmp_path, "a run", 0)
+    for values in ({"generator": 1.0}, {"discriminator": 5.0}, {"generator": 3.0}):
+        log.add({name: torch.tensor(value) for name, value in values.items()})
+    assert log.write(3, torch.device("cpu")) == {"generator": 2, "discriminator": 5}
+    log.add({"generator": torch.tensor(float("inf"))})
+    with pytest.raises(UserError, match="not finite between steps 3 and 4"):
+        log.write(4, torch.device("cpu"))
+    assert log_steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("words", [["--alpha", 0.5], ["--seed", 1]], ids=str)
+def test_resuming_with_other_settings_is_refused(two_steps, words):
+    with pytest.raises(UserError, match="other settings"):
+        stage1(two_steps, "--iterations", 3, "--resume", *words)
+
+
+def test_resuming_with_a_prompt_file_that_was_changed_is_refused_and_one_that_moved_is_not(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    seen = []
-    original = train.draw_prompts
-    monkeypatch.setattr(train, "draw_prompts", lambda *a: seen.append(original(*a)) or seen[-1])
-    train_run("--stage", 1, "--iterations", 1, "--out", tmp_path / "out", "--prompts", tmp_path / "prompts.txt")
+    run = stage1(tmp_path / "run", "--iterations", 1, "--prompts", tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").rename(tmp_path / "moved.txt")
+    stage1(run, "--iterations", 2, "--prompts", tmp_path / "moved.txt", "--resume")
+    (tmp_path / "moved.txt").write_text("a red circle\n")
+    with pytest.raises(UserError, match="other settings"):
+        stage1(run, "--iterations", 3, "--prompts", tmp_path / "moved.txt", "--resume")
+
+
+# -------------------------------------------------------------------------------------------------------- settings
+
+@pytest.mark.parametrize("flags", ["--steps 1", "--steps 4 --windows whole --alpha 1 --density uniform",
+                                   "--dtype bf16 --batch 2"])
+def test_other_settings_run_through_the_same_code(flags, tmp_path):
+    student = pipeline.load_pipeline(stage1(tmp_path / "out", "--iterations", 1, *flags.split()))
+    assert torch.isfinite(pipeline.generate(student, ["a circle"], [0])).all()
+
+
+def test_prompts_of_a_file_are_trained_on(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    seen, draw = [], train.draw_prompts
+    monkeypatch.setattr(train, "draw_prompts", lambda *a: seen.append(draw(*a)) or seen[-1])
+    stage1(tmp_path / "out", "--iterations", 1, "--prompts", tmp_path / "prompts.txt")
     assert set(sum(seen, [])) == {"a red circle", "a blue square"}
 
 
+def test_each_preset_has_run_folders_of_its_own_and_the_released_numbers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny, medium, large = (train.parse_arguments(words.split()) for words in (
+        "--stage 1 --steps 4", "--stage 1 --preset sd3-medium", "--stage 2 --preset sd3.5-large"))
+    assert [str(args.out) for args in (tiny, medium, large)] == [
+        "runs/stage1-4steps", "runs/sd3-medium/stage1", "runs/sd3.5-large/stage2"]
+    assert (medium.alpha, medium.guidance, medium.student_lr, medium.fake_lr, medium.betas) == (
+        0.96, 7, 5e-6, 4e-5, (0, 0.999))
+    assert (medium.batch, medium.iterations, medium.student_clip, medium.fake_clip) == (64, 500, 2, 1)
+    assert (large.cache, large.lora, large.objective, large.warmup, large.turns, large.alone) == (
+        (3, 12), 64, "adv", 317, 2, 50)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_help_shows_the_flags_of_the_stage_with_their_defaults(stage, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--stage", str(stage), "--help"])
+    shown = capsys.readouterr().out
+    assert ("--alpha" in shown, "--cache" in shown) == (stage == 1, stage == 2)
+    assert stage != 1 or "(default: 0.8)" in " ".join(shown.split())
+
+
 @pytest.mark.parametrize("arguments, message", [
-    ("--stage 3", "invalid choice"),
-    ("--stage 1 --stepps 2", "unrecognized arguments"),
-    ("--stage 1 --iterations 0", "not a whole number"),
-    ("--stage 1 --steps 3", "invalid choice"),
-    ("--stage 1 --density e", "invalid choice"),
-    ("--stage 1 --student-lr nan", "not a number above 0"),
+    ("--preset tiny", "--stage is missing"),
+    ("--stage 1 --iterations 0", "not a number from 1"),
+    ("--stage 1 --student-lr nan", "not a number"),
+    ("--stage 1 --guidance nan", "not a number"),
+    ("--stage 1 --alpha inf", "not a number"),
+    ("--stage 1 --seed 20000000000000", "not a number from 0 to"),
     ("--stage 1 --device cuda:99", "is not there"),
     ("--stage 1 --model nowhere", "nowhere"),
+    ("--stage 1 --model {tiny}/transformer", "only the tiny SD3 draws captions of its own"),
     ("--stage 1 --prompts nowhere.txt", "cannot be read"),
     ("--stage 1 --out {file}/x", "cannot be written"),
     ("--stage 1 --out {file}", "cannot be written"),
     ("--stage 1 --out {full}", "holds a run already"),
-    ("--stage 1 --seed x", "--seed"),
     ("--stage 1 --batch 5 --at-once 2", "a batch of 5 cannot be shared out"),
-    ("--stage 1 --at-once 0", "not a whole number"),
-    ("--stage 0 --lora 2", "--lora means nothing to --stage 0"),
-    ("--stage 0 --at-once 2", "--at-once means nothing to --stage 0"),
-    ("--stage 1 --cache 2-5", "--cache means nothing to --stage 1"),
-    ("--stage 2 --alpha 0.9", "--alpha means nothing to --stage 2"),
-    ("--stage 2", "run `python train.py --stage 1` first"),
+    ("--stage 0 --prompts x.txt", "unrecognized arguments: --prompts"),
+    ("--stage 0 --model x", "unrecognized arguments: --model"),
+    ("--stage 1 --cache 2-5", "unrecognized arguments: --cache"),
+    ("--stage 2 --alpha 0.9", "unrecognized arguments: --alpha"),
+    ("--stage 2", "run `python train.py --stage 1`"),
+    ("--stage 2 --preset sd3-medium --prompts p.txt", "none in runs/sd3-medium/stage1"),
     ("--stage 2 --student nowhere", "nowhere"),
     ("--stage 2 --student {tiny}", "no student of Stage I"),
     ("--stage 2 --student {student} --reference nowhere", "nowhere"),
     ("--stage 2 --student {student} --reference {other}", "another architecture"),
+    ("--stage 2 --student {student} --model {other} --prompts {prompts}", "another architecture"),
     ("--stage 2 --student {student} --objective adv --backbone {student}", "without backbone/"),
     ("--stage 2 --student {student} --cache 5", "not A-B"),
-    ("--stage 2 --student {student} --cache 5-2", "cache range 5-2"),
-    ("--stage 2 --student {student} --cache 8-12", "cache range 8-12"),
-    ("--stage 2 --student {student} --steps 1", "at least 2 steps"),
-    ("--stage 2 --student {student} --steps 1 --cache none", "at least 2 steps"),
+    ("--stage 2 --student {student} --cache 8-12", "cached blocks 8-12"),
     ("--stage 2 --student {student} --cache none --objective kd", "distil the student from itself"),
-    ("--stage 2 --student {student} --objective kd --output-weight 0 --feature-weight 0", "nothing to train on"),
-    ("--stage 2 --student {student} --objective gan", "invalid choice"),
-    ("--stage 2 --student {student} --lora -1", "not a whole number"),
-    ("--stage 2 --student {student} --output-weight -1", "not a number from 0 up"),
-    ("--stage 2 --student {student} --lpips 1", "pip install lpips"),
 ])
 def test_wrong_arguments_end_in_one_line(arguments, message, two_steps, make_pair, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where there is no run
-    monkeypatch.setitem(sys.modules, "lpips", None)
+    monkeypatch.setattr(train, "open_networks", lambda *arguments: pytest.fail("the first slow step was taken"))
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "prompts.txt").write_text("a circle")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "log.jsonl").write_text("mine")
-    (tmp_path / "other").symlink_to(make_pair("SD3.5-Medium", "folder").path)
-    arguments = arguments.format(file=tmp_path / "file", full=tmp_path / "full", student=two_steps, tiny=sample.TINY,
-                                 other=tmp_path / "other").split()
-    if "--out" not in arguments:
-        arguments += ["--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    places = {"file": tmp_path / "file", "full": tmp_path / "full", "student": two_steps, "tiny": pipeline.TINY,
+              "other": make_pair("SD3.5-Medium", "folder").path, "prompts": tmp_path / "prompts.txt"}
+    words = [word.format(**places) for word in arguments.split()]
+    if "--out" not in words and "nowhere" != message and "none in" not in message:
+        words += ["--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as end:
-        weights.run_script(train.main)
+        commandline.run_script(train.main)
     error = capsys.readouterr().err.strip()
     assert end.value.code == 2 and message in error and error.count("\n") == 0, error
     assert (tmp_path / "full" / "log.jsonl").read_text() == "mine"
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_resuming_with_other_settings_is_refused(train_run, two_steps):
-    with pytest.raises(weights.UserError, match="other settings"):
-        train_run("--stage", 1, "--iterations", 3, "--out", two_steps, "--resume", "--alpha", 0.5)
-
-
 def test_train_as_a_program_reports_errors_without_a_traceback(tmp_path):
     script = Path(train.__file__)
-    result = subprocess.run([sys.executable, script, "--stage", "1", "--model", tmp_path], capture_output=True, text=True,
-                            cwd=tmp_path)
+    result = subprocess.run([sys.executable, script, "--stage", "1", "--model", tmp_path],
+                            capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr and result.stderr.startswith("error:")
-
-
-# -------------------------------------------------------------------------------------------------------- stage 0
-
-def test_every_loss_of_stage_0_falls(tmp_path):
-    """A few steps on fresh networks: each loss has a gradient that helps."""
-    torch.manual_seed(0)
-    text = tiny.TinyText(tmp_path)
-    latents, labels = tiny.encode_pool(tiny.new_vae(), 64, seed=0)
-    losses = {"text": (text, tiny.text_loss), "recogniser": (shapes.Recogniser(), tiny.recogniser_loss),
-              "vae": (tiny.new_vae(), tiny.vae_loss),
-              "teacher": (tiny.new_mmdit(), partial(tiny.teacher_loss, text.encoders, latents, labels, batch=16))}
-    for name, (network, loss) in losses.items():
-        optimizer = torch.optim.Adam(train.trainable(network), lr=1e-3)
-        values = []
-        for _ in range(6):
-            value = loss(network, torch.Generator().manual_seed(0))
-            value.backward()
-            train.descend(optimizer, 1.0)
-            values.append(value.item())
-        assert values[-1] < values[0], name
-
-
-def test_a_finished_part_of_stage_0_is_not_made_again(tmp_path):
-    arguments = SimpleNamespace(out=tmp_path, seed=0, device=torch.device("cpu"), dtype="fp32", preset="tiny")
-    (tmp_path / "parts").mkdir()
-    made = [train.make_part(arguments, "part", lambda: torch.nn.Linear(2, 2), lambda network, generator: loss(network), 2, 1e-3)
-            for loss in (lambda network: network(torch.ones(2)).sum(), None)]
-    assert torch.equal(made[0].weight, made[1].weight)
-
-
-def test_each_word_of_the_tiny_world_is_one_token_and_the_longest_caption_fits():
-    longest = "a large striped red circle on the bottom of a gray background"
-    for tokenizer, ends in zip(sample.load_pipeline(sample.TINY).text.tokenizers, (2, 2, 1), strict=True):
-        assert len(tokenizer(longest).input_ids) == len(longest.split()) + ends == tokenizer.model_max_length
-        assert all(len(tokenizer(word).input_ids) == 1 + ends for word in shapes.VOCABULARY)
-
-
-@torch.no_grad()
-def test_the_shipped_teacher_follows_prompts():
-    teacher = sample.load_pipeline(sample.TINY)
-    prompts, labels, named = shapes.draw_captions(48, torch.Generator().manual_seed(77))
-    images = sample.decode(teacher, sample.generate(teacher, prompts, range(48)))
-    seen = shapes.recognise(shapes.load_recogniser(sample.TINY), images)
-    assert shapes.adherence(seen, labels, named).mean() > 0.9
-
-
-def test_the_shipped_teacher_alone_needs_many_steps():
-    teacher = sample.load_pipeline(sample.TINY)
-    prompts, seeds = ["a red circle"] * 4, range(4)
-    fine = sample.generate(teacher, prompts, seeds, sigmas=flow.sd3_sigmas(28, 3.0))
-    coarse = sample.generate(teacher, prompts, seeds, sigmas=flow.student_sigmas(2, 3.0))
-    assert (fine - coarse).abs().mean() > 0.2

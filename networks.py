@@ -1,0 +1,90 @@
+"""The networks of a training run: which of them learn, how their weights are held, in what arithmetic they run."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import parallel
+from lora import add_lora, merge_lora
+from mmdit import load_mmdit
+
+
+class Arithmetic(NamedTuple):
+    """What training and measuring run in: bf16 (autocast over fp32 weights) or fp32."""
+
+    device: torch.device
+    dtype: torch.dtype
+    short: bool = False     # sequences of some tens of tokens
+
+    def passes(self):
+        """The context of forward passes."""
+        stack = contextlib.ExitStack()
+        # no cache of weights in bf16: it would be a second copy of each network, without gradient if made without
+        stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16,
+                                           cache_enabled=False))
+        stack.enter_context(self.backward())
+        return stack
+
+    def backward(self):
+        """The context of the backward pass: the attention kernel, for blocks that run again.
+
+        On a CPU, a short sequence's backward pass takes a third of the time of the flash kernel's.
+        """
+        return sdpa_kernel(SDPBackend.MATH) if self.short and self.device.type == "cpu" else contextlib.nullcontext()
+
+
+def fast_bf16(device):
+    """Whether bf16 is faster than fp32 there: on GPUs, and on CPUs with instructions for it."""
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def open_networks(path, copies, arithmetic, lora, everywhere, seed):
+    """The frozen transformer of `path`, `copies` of it that learn, and what of each of them is trained, as modules.
+
+    All weights are trained: so many networks beside the frozen one, shared out if there are many processes. With
+    adapters (of rank `lora`, see add_lora): one frozen network that all share, which every process has whole, and
+    adapters for each.
+    """
+    if lora:
+        frozen = load_mmdit(path, arithmetic.device, arithmetic.dtype)
+        torch.manual_seed(seed)  # for the adapters' initial weights alone
+        networks, learned = zip(*(add_lora(frozen, lora, everywhere) for _ in range(copies)))
+        return frozen, networks, learned
+    networks = [trained_network(path, arithmetic) for _ in range(copies)]
+    return frozen_network(path, arithmetic), networks, networks
+
+
+def trained_network(path, arithmetic):
+    """A transformer whose weights are all trained, in fp32, but for the stored table of positions."""
+    network = load_mmdit(path, parallel.loading_device(arithmetic.device)).train().requires_grad_(True)
+    network.pos_embed.requires_grad_(False)
+    return parallel.shard(network, arithmetic.dtype, arithmetic.device)
+
+
+def frozen_network(path, arithmetic):
+    """A transformer that is only run, in the arithmetic's dtype: bf16 is what autocast would make of its weights."""
+    network = load_mmdit(path, parallel.loading_device(arithmetic.device), arithmetic.dtype)
+    return parallel.shard(network, arithmetic.dtype, arithmetic.device)
+
+
+def whole(network, path):
+    """A trained network as one that can be saved: adapters merged, shards put together. path: a model of the same
+    shape.
+
+    With many processes all must ask; only the first has the result of merging.
+    """
+    if parallel.is_sharded(network):
+        return parallel.gather(load_mmdit(path), network)
+    return merge_lora(network) if parallel.is_first() else network
+
+
+def trainable(network):
+    return [p for p in network.parameters() if p.requires_grad]
+
+
+def adamw(rates, betas, weight_decay):
+    """AdamW over the trained parameters of (network, learning rate) pairs."""
+    groups = [{"params": trainable(network), "lr": lr} for network, lr in rates]
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=True)

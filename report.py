@@ -1,0 +1,124 @@
+"""What a training run shows of itself: a log, contact sheets and, in the tiny world, a table of measures."""
+
+import json
+import math
+import time
+
+import torch
+from tqdm import tqdm
+
+import parallel
+import shapes
+import weights
+from commandline import UserError
+from pictures import contact_sheet
+
+
+class Log:
+    """log.jsonl: the mean of each value since the line before, seconds an iteration and, on a GPU, peak memory."""
+
+    def __init__(self, folder, run, step):
+        """run, step: its name, and where it goes on. Lines of what is done again go, and so does one cut short."""
+        self.file, self.run, self.sums, self.counts = folder / "log.jsonl", run, {}, {}
+        self.step, self.start = step, time.monotonic()
+        if parallel.is_first():
+            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            entries = [entry for entry in map(read_line, lines) if entry]
+            kept = [entry for entry in entries if entry["run"] != run or entry["step"] <= step]
+            weights.write_text(self.file, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def add(self, values):
+        """values: {name: tensor ()}, of one iteration; the names may change. Nothing is read back from the device."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def write(self, step, device):
+        """Write the line of `step`; returns its values. Raises UserError where one is not finite."""
+        names = list(self.sums)
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        parallel.average([means])
+        values = dict(zip(names, means.tolist()))
+        if not all(map(math.isfinite, values.values())):
+            raise UserError(f"{self.run}: not finite between steps {self.step} and {step} ({values}); try a lower "
+                            "learning rate")
+        cost = {"seconds": (time.monotonic() - self.start) / (step - self.step)}
+        if device.type == "cuda":
+            cost["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
+        if parallel.is_first():
+            with open(self.file, "a") as file:
+                file.write(json.dumps({"run": self.run, "step": step, **values, **cost}) + "\n")
+        self.sums, self.counts, self.step, self.start = {}, {}, step, time.monotonic()
+        return values
+
+
+def read_line(line):
+    """An entry of the log, or None for a line that was cut short."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+class Sheet:
+    """Contact sheets of the same prompts and seeds each time: a row a prompt, two images of each sampler."""
+
+    def __init__(self, samplers, prompts, seeds=(1, 2)):
+        """samplers: {name: pipeline.Sampler}; all but the "student" never change and are drawn once."""
+        self.samplers, self.prompts, self.seeds, self.drawn = samplers, prompts, seeds, {}
+
+    def __call__(self):
+        prompts, seeds = zip(*((prompt, seed) for prompt in self.prompts for seed in self.seeds))
+        for name, sampler in self.samplers.items():
+            if name == "student" or name not in self.drawn:
+                self.drawn[name] = sampler.images(prompts, seeds).unflatten(0, (len(self.prompts), len(self.seeds)))
+        images = torch.cat(list(self.drawn.values()), dim=1)                            # (rows, columns, 3, H, W)
+        headings = [name if j == 0 else "" for name in self.drawn for j in range(len(self.seeds))]
+        return contact_sheet(images.flatten(0, 1), self.prompts, headings)
+
+
+# ------------------------------------------------------------------------------------------------------- measures
+
+def measure(samplers, model, quiet=False):
+    """shapes.measure of each sampler. What the tiny SD3 `model` carries in its measures.json is not measured again."""
+    recogniser, known = shapes.load_recogniser(model), known_measures(model)
+    return {name: known.get(options_key(sampler)) if name.startswith("teacher") and options_key(sampler) in known
+            else shapes.measure(sampler.images, recogniser)
+            for name, sampler in tqdm(samplers.items(), desc="measuring", disable=quiet)}
+
+
+def write_metrics(file, samplers, model):
+    """Measure the samplers, write it all and show the most of it. All processes must call it."""
+    measured = measure(samplers, model, quiet=not parallel.is_first())
+    if parallel.is_first():
+        weights.write_json(file, measured)
+        print(table(measured))
+
+
+def known_measures(model):
+    """{options: measures} of the teacher `model` as it is, from its own files; empty where they were changed since."""
+    file = shapes.measures_file(model)
+    known = weights.read_json(file) if file.exists() else {}
+    return known.get("measures", {}) if known.get("model") == weights.identity(model) else {}
+
+
+def write_measures(samplers, measured, model):
+    """Keep what `measure` found of a teacher, {name: measures}, beside its files, for `measure` to find again."""
+    known = {options_key(sampler): measured[name] for name, sampler in samplers.items()}
+    weights.write_json(shapes.measures_file(model), {"model": weights.identity(model), "measures": known})
+
+
+def options_key(sampler):
+    """How a model is sampled, as text."""
+    return json.dumps({name: [round(x, 6) for x in value.tolist()] if name == "sigmas" else float(value)
+                       for name, value in sampler.options.items()}, sort_keys=True)
+
+
+def table(measured):
+    """What is shown on the screen of {sampler: measures}: adherence, coverage and distribution."""
+    lines = []
+    for group in ("adherence", "coverage", "distribution"):
+        lines += ["", f"{group:28}" + "".join(f"{name:>17}" for name in next(iter(measured.values()))[group])]
+        lines += [f"{name:28}" + "".join(f"{value:17.3f}" for value, _ in measures[group].values())
+                  for name, measures in measured.items()]
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""Stage 0: the tiny SD3 is made from nothing, and the one that ships is what the other stages need."""
+
+import math
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+import flow
+import report
+import shapes
+import tiny
+import train
+from commandline import UserError
+from networks import Arithmetic
+from pipeline import TINY, Sampler, decode, generate, load_pipeline
+
+FP32 = Arithmetic(torch.device("cpu"), torch.float32, short=True)
+
+
+def loop(name, networks, optimizer, iterate, iterations):
+    """What train.py passes in, without logs and states."""
+    for step in range(iterations):
+        values = iterate(step)
+        assert set(values) == {"loss", "norm"} and all(torch.isfinite(value) for value in values.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- making one
+
+@pytest.mark.parametrize("name, build, loss", [
+    ("text", tiny.TinyText, partial(tiny.text_loss, batch=32)),
+    ("recogniser", shapes.Recogniser, partial(tiny.recogniser_loss, batch=32)),
+    ("backbone", tiny.TinyBackbone, partial(tiny.backbone_loss, batch=32)),
+    ("vae", tiny.new_vae, partial(tiny.vae_loss, batch=2)),
+    ("teacher", tiny.new_mmdit, None)])
+def test_every_loss_of_stage_0_falls(name, build, loss):
+    """A few steps on the same draws: the loss has a gradient that helps."""
+    torch.manual_seed(0)
+    network = build()
+    if name == "teacher":
+        latents, labels = tiny.encode_pool(tiny.new_vae(), 16, seed=0)
+        loss = partial(tiny.teacher_loss, tiny.new_text_encoders(), latents, labels, batch=8)
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=1e-3)
+    values = []
+    for _ in range(6):
+        value = loss(network, torch.Generator().manual_seed(0))
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(value.item())
+    assert values[-1] < values[0]
+
+
+def make_part(folder, loss, iterations, monkeypatch, train_part=loop):
+    monkeypatch.setitem(tiny.ITERATIONS, "part", iterations)
+    return tiny.make_part(folder, FP32, train_part, "part", lambda: torch.nn.Linear(2, 1), loss, rate=0.1, seed=0)
+
+
+def test_a_part_is_trained_with_a_warm_up_and_a_cosine_and_averaged(tmp_path, monkeypatch):
+    rates, networks = [], {}
+
+    def watched_loop(name, both, optimizer, iterate, iterations):
+        networks.update(both)
+        for step in range(iterations):
+            iterate(step)
+            rates.append(optimizer.param_groups[0]["lr"])
+
+    def loss(network, generator):
+        return network(torch.randn(4, 2, generator=generator)).square().mean()
+
+    part = make_part(tmp_path, loss, 200, monkeypatch, watched_loop)
+    assert rates[:3] == pytest.approx([0.001, 0.002, 0.003])
+    assert rates[199] == pytest.approx(0.1 * (1 + math.cos(math.pi * 199 / 200)) / 2)
+    assert part is networks["averaged"] and not part.weight.requires_grad
+    assert 0 < (part.weight - networks["network"].weight).abs().max() < 0.5
+
+
+def test_a_finished_part_is_not_made_again(tmp_path, monkeypatch):
+    first = make_part(tmp_path, lambda network, generator: network(torch.ones(2)).sum(), 2, monkeypatch)
+    again = make_part(tmp_path, lambda *_: pytest.fail("it was trained again"), 2, monkeypatch)
+    assert torch.equal(first.weight, again.weight)
+
+
+def test_stage_0_leaves_a_pipeline_that_carries_its_best_guidance_and_its_measures(tmp_path, monkeypatch, capsys):
+    adherence = iter([0.2, 0.9, 1.0, 1.0, 1.0])  # w = 1, 3; w = 7, which students are distilled from: 28 steps, 1, 2
+
+    def measure(draw, recogniser):
+        brightness = draw(["a red circle"], [0]).mean().item()
+        return {"adherence": {"mean": (next(adherence), 0)}, "coverage": {"mean": (brightness, 0)}, "distribution": {}}
+
+    monkeypatch.setattr(shapes, "measure", measure)
+    for name, value in {"ITERATIONS": dict.fromkeys(tiny.ITERATIONS, 1), "POOL": 64, "DEPTH": 1, "GUIDANCES": (1, 3),
+                        "STUDENT_STEPS": (1, 2)}.items():
+        monkeypatch.setattr(tiny, name, value)
+    monkeypatch.setattr(sys, "argv", f"train.py --stage 0 --dtype fp32 --out {tmp_path} --resume".split())
+    train.main()
+    made, known = load_pipeline(tmp_path), report.known_measures(tmp_path)
+    assert made.guidance() == 3 and "best guidance w = 3" in capsys.readouterr().out
+    assert made.latent_shape() == (16, 8, 8) and made.vae.scale != 1 and made.shift == tiny.SHIFT
+    assert len(known) == 5
+    one_step = Sampler(made, {"sigmas": torch.tensor([1.0, 0.0]), "guidance": 7.0})  # the files hold what was measured
+    brightness, _ = known[report.options_key(one_step)]["coverage"]["mean"]
+    assert one_step.images(["a red circle"], [0]).mean().item() == pytest.approx(brightness, abs=1e-6)
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        assert all((tmp_path / name / file.name).read_bytes() == file.read_bytes() for file in (TINY / name).iterdir())
+    with pytest.raises(UserError, match="holds a finished tiny SD3"):
+        train.main()
+
+
+# ------------------------------------------------------------------------------------------------------ the shipped one
+
+def test_each_word_of_the_tiny_world_is_one_token_and_the_longest_caption_fits():
+    longest = "a large striped red circle on the bottom of a gray background"
+    for tokenizer, ends in zip(tiny.new_text_encoders().tokenizers, (2, 2, 1), strict=True):
+        assert len(tokenizer(longest).input_ids) == len(longest.split()) + ends == tokenizer.model_max_length
+        assert all(len(tokenizer(word).input_ids) == 1 + ends for word in shapes.VOCABULARY)
+        assert tokenizer.unk_token_id not in tokenizer("Any other word, too!").input_ids[1:-1]
+
+
+def test_the_shipped_measures_are_of_the_shipped_model_and_of_what_training_compares_with():
+    known = report.known_measures(TINY)
+    assert known, "tiny-sd3/measures.json is of other files"
+    teacher = load_pipeline(TINY)
+    keys = {name: report.options_key(sampler) for name, sampler in tiny.teacher_samplers(teacher).items()}
+    assert set(keys.values()) == set(known)
+    best = max(tiny.GUIDANCES, key=lambda w: known[keys[f"teacher, 28 steps, w = {w}"]]["adherence"]["mean"][0])
+    assert teacher.guidance() == best
+
+
+@torch.no_grad()
+def test_the_shipped_teacher_follows_prompts():
+    teacher = load_pipeline(TINY)
+    prompts, labels, named = shapes.draw_captions(24, torch.Generator().manual_seed(77))
+    images = decode(teacher, generate(teacher, prompts, range(24), steps=8))
+    seen = shapes.recognise(shapes.load_recogniser(TINY), images)
+    assert shapes.adherence(seen, labels, named).mean() > 0.9
+
+
+def test_the_shipped_teacher_alone_needs_many_steps():
+    teacher = load_pipeline(TINY)
+    prompts, seeds = ["a red circle"] * 4, range(4)
+    fine = generate(teacher, prompts, seeds, sigmas=flow.sd3_sigmas(14, 3.0))
+    coarse = generate(teacher, prompts, seeds, sigmas=flow.student_sigmas(2, 3.0))
+    assert (fine - coarse).abs().mean() > 0.2
