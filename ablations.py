@@ -1,7 +1,7 @@
-"""The paper's ablations, run again in the tiny world, where the truth is known: `python evaluate.py ablate`.
+"""The paper's ablations, run again in the tiny world, where the truth is known (`python evaluate.py ablate`).
 
-Not part of the method. An *arm* is a way to train and to sample; an *ablation* puts some arms side by side; a *claim* of the
-paper says in which measure one arm is above another. Arms that train alike share their runs.
+Not part of the method. An *arm* is a way to train and to sample. An *ablation* puts some arms side by side. A *claim*
+of the paper says in which measure one arm is above another. Arms that train alike share their runs.
 """
 
 import json
@@ -13,15 +13,21 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
+import shapes
+import tiny
 import train
 import weights
 from cache import effective_nfe
-from sample import TINY, contact_sheet, open_model, write_picture
+from commandline import UserError
+from networks import Arithmetic
+from pictures import contact_sheet, write_picture
+from pipeline import DTYPES, TINY, is_finished, open_sampler
+from prompts import sheet_prompts
 
 
 class Arm(NamedTuple):
-    train: str = ""         # the flags of train.py; none: the teacher as it ships
-    how: str = ""           # how it is sampled, as after the @ of a model (sample.split_model)
+    train: str = ""           # the flags of train.py; none: the teacher as it ships
+    options: str = ""         # how it is sampled, as after the @ of a model (pipeline.split_model)
     start: str = "--stage 1"  # of Stage II: the flags that made the student it goes on from
 
 
@@ -45,120 +51,143 @@ class Ablation(NamedTuple):
 
 COVERAGE, ADHERENCE = ("coverage", "mean"), ("adherence", "mean")
 DISTANCE, TEXTURE = ("distribution", "Fréchet distance"), ("coverage", "texture")
-COLUMNS = {"adherence": ADHERENCE, "whole prompt": ("adherence", "whole prompt"), "coverage": COVERAGE, "of texture": TEXTURE,
-           "Fréchet distance": DISTANCE, **{name: ("distribution", name) for name in ("precision", "recall", "diversity")}}
+COLUMNS = {
+    "adherence": ADHERENCE, "whole prompt": ("adherence", "whole prompt"), "coverage": COVERAGE, "of texture": TEXTURE,
+    "Fréchet distance": DISTANCE, **{name: ("distribution", name) for name in ("precision", "recall", "diversity")}}
 
 OURS, OURS4, STAGE2 = Arm("--stage 1"), Arm("--stage 1 --steps 4"), Arm("--stage 2")
 ALWAYS = Arm("--stage 1 --alpha 1")
+# the methods before ours, as settings of the same code: without gate and importance sampling; DMD also without windows
 TDM, TDM4 = (Arm(f"{arm.train} --alpha 1 --density uniform") for arm in (OURS, OURS4))
 DMD, DMD4 = (Arm(f"{arm.train} --windows whole") for arm in (TDM, TDM4))
-LONG = "--stage 2 --iterations 400 --batch 32"  # with a discriminator, as long as the default, which only distils, takes
+LONG = "--stage 2 --iterations 400 --batch 32"  # with a discriminator: as long as the default, which only distils
 ADVERSARIAL = f"{LONG} --objective adv --student-lr 2e-5 --compensator-lr 1e-3"
-ALPHAS = {"α = 0.5": 0.5, "α = 0.8": 0.8, "α = 0.9": 0.9, "α = 1": 1.0}
-RANGES = ("1-4", "4-7", "7-10", "1-7", "1-10")
+RANGES = {"1-4": (1, 4), "4-7": (4, 7), "7-10": (7, 10), "1-7": (1, 7), "1-10": (1, 10)}
 PLAIN = {f"{blocks} plain": Arm(OURS.train, f"cache={blocks}") for blocks in RANGES}
 TRAINED = {f"{blocks} co-trained": Arm(f"--stage 2 --iterations 300 --cache {blocks}") for blocks in RANGES}
 # importance sampling is to make training faster: looked at while it is under way
 DENSITIES = {name: Arm(f"--stage 1 --iterations 60 --density {name}") for name in ("c", "a", "b", "d", "uniform")}
+SHORT = DENSITIES["c"]
 
 
-def evaluations(blocks):
-    """{arm: effective evaluations} of the arms of a range."""
-    return {name: effective_nfe(12, [tuple(map(int, name.split()[0].split("-")))], 2) for name in blocks}
+def evaluations(kind):
+    """{arm: effective evaluations} of 2 steps with the RANGES cached, and without a cache."""
+    return {"none": 2.0, **{f"{name} {kind}": effective_nfe(tiny.DEPTH, blocks, 2) for name, blocks in RANGES.items()}}
 
 
 ABLATIONS = {
-    "gate": Ablation("Guidance gate (Fig. 2, 8)", {"gated above α = 0.8": OURS, "never gated": ALWAYS}, [
-        Claim("the gate keeps diversity", "gated above α = 0.8", "never gated", COVERAGE),
-        Claim("the gate brings samples closer to the truth", "gated above α = 0.8", "never gated", DISTANCE, -1)]),
-    "headline": Ablation("Few-step students side by side", {
-        "teacher, 28 × 2": Arm("", "steps=28"), "teacher, 4 × 2": Arm("", "steps=4"), "teacher, 2 × 2": Arm("", "steps=2"),
-        "DMD, 4": DMD4, "TDM, 4": TDM4, "ours, 4": OURS4, "DMD, 2": DMD, "TDM, 2": TDM, "ours, 2": OURS, "ours, 1.67": STAGE2}, [
-        Claim("2 steps: ours is more diverse than TDM", "ours, 2", "TDM, 2", COVERAGE),
-        Claim("2 steps: ours is closer to the truth than TDM", "ours, 2", "TDM, 2", DISTANCE, -1),
-        Claim("2 steps: ours is closer to the truth than DMD", "ours, 2", "DMD, 2", DISTANCE, -1),
-        Claim("4 steps: ours is closer to the truth than TDM", "ours, 4", "TDM, 4", DISTANCE, -1),
-        Claim("ours at 1.67 is closer to the truth than TDM at 2", "ours, 1.67", "TDM, 2", DISTANCE, -1)]),
-    "cache": Ablation("Block cache (Fig. 11, Table 5)", {
-        "none": OURS, "plain re-use": Arm(OURS.train, "cache=1-4"), "compensated, co-trained": STAGE2}, [
-        Claim("plain re-use hurts adherence", "none", "plain re-use", ADHERENCE),
-        Claim("co-training wins adherence back", "compensated, co-trained", "plain re-use", ADHERENCE)]),
-    "objective": Ablation("Objective of Stage II (Fig. 13)", {
-        "Stage I": OURS, "adversarial": Arm(ADVERSARIAL), "adversarial + distillation": Arm(f"{LONG} --objective adv+kd"),
-        "distillation": STAGE2, "Stage I, 60 iterations": DENSITIES["c"],
-        "adversarial after 60 iterations": Arm(ADVERSARIAL, start=DENSITIES["c"].train)}, [
-        Claim("Stage II adds detail to Stage I", "adversarial", "Stage I", TEXTURE),
-        Claim("adversarial alone is closer to the truth than distillation", "adversarial", "distillation", DISTANCE, -1),
-        Claim("beside it, distillation keeps to the prompt", "adversarial + distillation", "adversarial", ADHERENCE),
-        Claim("after a short Stage I, Stage II comes closer to the truth", "adversarial after 60 iterations",
-              "Stage I, 60 iterations", DISTANCE, -1),
-        Claim("after a short Stage I, Stage II adds detail", "adversarial after 60 iterations",
-              "Stage I, 60 iterations", TEXTURE)]),
-    "alpha": Ablation("Where the gate lies (Fig. 9)", {
-        name: {0.8: OURS, 1.0: ALWAYS}.get(alpha, Arm(f"--stage 1 --alpha {alpha}")) for name, alpha in ALPHAS.items()}, [
-        Claim("a lower α is more diverse", "α = 0.5", "α = 1", COVERAGE),
-        Claim("a higher α keeps closer to the prompt", "α = 1", "α = 0.5", ADHERENCE)],
-        "α: guidance is on up to this noise level", {"2-step student": ALPHAS}),
-    "range": Ablation("Which blocks, and how many (Fig. 12)", {"none": OURS, **PLAIN, **TRAINED}, [
-        Claim("plain re-use: earlier blocks rather than the last", "1-4 plain", "7-10 plain", ADHERENCE),
-        Claim("co-trained: earlier blocks rather than the last", "1-4 co-trained", "7-10 co-trained", ADHERENCE)],
-        "effective evaluations", {"plain re-use": {"none": 2.0, **evaluations(PLAIN)},
-                                  "compensated, co-trained": {"none": 2.0, **evaluations(TRAINED)}}),
-    "density": Ablation("Importance sampling of noise levels (Fig. 4, 10), at 60 iterations and at 200", {
-        **DENSITIES, "c, 200": OURS, "uniform, 200": Arm("--stage 1 --density uniform")}, [
-        Claim(f"c is closer to the truth than {other}", "c", other, DISTANCE, -1) for other in ("uniform", "a", "b", "d")] + [
-        Claim("and still than uniform at 200 iterations", "c, 200", "uniform, 200", DISTANCE, -1)]),
+    "gate": Ablation(
+        "Guidance gate (Fig. 2, 8)",
+        {"gated above α = 0.8": OURS, "never gated": ALWAYS},
+        [Claim("the gate keeps diversity", "gated above α = 0.8", "never gated", COVERAGE),
+         Claim("the gate brings samples closer to the truth", "gated above α = 0.8", "never gated", DISTANCE, -1)]),
+    "headline": Ablation(
+        "Few-step students side by side",
+        {**{f"teacher, {steps} × 2": Arm(options=f"steps={steps}") for steps in (28, 4, 2)},
+         "DMD, 4": DMD4, "TDM, 4": TDM4, "ours, 4": OURS4,
+         "DMD, 2": DMD, "TDM, 2": TDM, "ours, 2": OURS, "ours, 1.67": STAGE2},
+        [Claim("2 steps: ours is more diverse than TDM", "ours, 2", "TDM, 2", COVERAGE),
+         Claim("2 steps: ours is closer to the truth than TDM", "ours, 2", "TDM, 2", DISTANCE, -1),
+         Claim("2 steps: ours is closer to the truth than DMD", "ours, 2", "DMD, 2", DISTANCE, -1),
+         Claim("4 steps: ours is closer to the truth than TDM", "ours, 4", "TDM, 4", DISTANCE, -1),
+         Claim("ours at 1.67 is closer to the truth than TDM at 2", "ours, 1.67", "TDM, 2", DISTANCE, -1)]),
+    "cache": Ablation(
+        "Block cache (Fig. 11, Table 5)",
+        {"none": OURS, "plain re-use": Arm(OURS.train, "cache=1-4"), "compensated, co-trained": STAGE2},
+        [Claim("plain re-use hurts adherence", "none", "plain re-use", ADHERENCE),
+         Claim("co-training wins adherence back", "compensated, co-trained", "plain re-use", ADHERENCE)]),
+    "objective": Ablation(
+        "Objective of Stage II (Fig. 13)",
+        {"Stage I": OURS, "adversarial": Arm(ADVERSARIAL), "distillation": STAGE2,
+         "adversarial + distillation": Arm(f"{LONG} --objective adv+kd"),
+         "Stage I, 60 iterations": SHORT,
+         "adversarial after 60 iterations": Arm(ADVERSARIAL, start=SHORT.train)},
+        [Claim("Stage II adds detail to Stage I", "adversarial", "Stage I", TEXTURE),
+         Claim("adversarial alone is closer to the truth than distillation",
+               "adversarial", "distillation", DISTANCE, -1),
+         Claim("beside it, distillation keeps to the prompt", "adversarial + distillation", "adversarial", ADHERENCE),
+         Claim("after a short Stage I, Stage II comes closer to the truth",
+               "adversarial after 60 iterations", "Stage I, 60 iterations", DISTANCE, -1),
+         Claim("after a short Stage I, Stage II adds detail",
+               "adversarial after 60 iterations", "Stage I, 60 iterations", TEXTURE)]),
+    "alpha": Ablation(
+        "Where the gate lies (Fig. 9)",
+        {"α = 0.5": Arm("--stage 1 --alpha 0.5"), "α = 0.8": OURS,
+         "α = 0.9": Arm("--stage 1 --alpha 0.9"), "α = 1": ALWAYS},
+        [Claim("a lower α is more diverse", "α = 0.5", "α = 1", COVERAGE),
+         Claim("a higher α keeps closer to the prompt", "α = 1", "α = 0.5", ADHERENCE)],
+        "α: guidance is on up to this noise level",
+        {"2-step student": {"α = 0.5": 0.5, "α = 0.8": 0.8, "α = 0.9": 0.9, "α = 1": 1.0}}),
+    "range": Ablation(
+        "Which blocks, and how many (Fig. 12)",
+        {"none": OURS, **PLAIN, **TRAINED},
+        [Claim("plain re-use: earlier blocks rather than the last", "1-4 plain", "7-10 plain", ADHERENCE),
+         Claim("co-trained: earlier blocks rather than the last", "1-4 co-trained", "7-10 co-trained", ADHERENCE)],
+        "effective evaluations",
+        {"plain re-use": evaluations("plain"), "compensated, co-trained": evaluations("co-trained")}),
+    "density": Ablation(
+        "Importance sampling of noise levels (Fig. 4, 10), at 60 iterations and at 200",
+        {**DENSITIES, "c, 200": OURS, "uniform, 200": Arm("--stage 1 --density uniform")},
+        [*(Claim(f"c is closer to the truth than {other}", "c", other, DISTANCE, -1)
+           for other in ("uniform", "a", "b", "d")),
+         Claim("and still than uniform at 200 iterations", "c, 200", "uniform, 200", DISTANCE, -1)]),
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ runs
+# -------------------------------------------------------------------------------------------------------------- runs
+# args: those of `evaluate.py ablate`, that is, seeds, device, dtype and out.
 
-def run(names, seeds, out, device, dtype, measure):
+def run(names, args):
     """Train and measure all arms of the named ablations, seed after seed. Yields after each.
 
-    What is finished is not done again, and a run that was stopped goes on. measure(pipeline, how) is as shapes.measure.
+    What is finished is not done again, and a run that was stopped goes on.
     """
+    recogniser = shapes.load_recogniser(TINY)
     arms = list(dict.fromkeys(arm for name in names for arm in ABLATIONS[name].arms.values()))
-    jobs = [(arm, seed) for seed in range(seeds) for arm in arms if arm.train or not seed]  # one teacher, measured once
-    work = [20 + (0 if measured_file(out, *job).exists() else pending_iterations(*job, out, device, dtype)) for job in jobs]
-    with tqdm(total=sum(work), desc="ablations", bar_format="{l_bar}{bar}| {elapsed}, left {remaining}{postfix}") as bar:
-        for (arm, seed), amount in zip(jobs, work):
-            bar.set_postfix_str(f"seed {seed}: {arm.train or 'teacher'} {arm.how}")
-            if not measured_file(out, arm, seed).exists():
-                pipeline, how = open_arm(arm, seed, out, device, dtype)
-                weights.write_json(measured_file(out, arm, seed), measure(pipeline, how))
-            bar.update(amount)
-            yield
+    jobs = [(arm, seed) for seed in range(args.seeds) for arm in arms if arm.train or seed == 0]  # there is one teacher
+    for arm, seed in (bar := tqdm(jobs, desc="ablations")):
+        bar.set_postfix_str(f"seed {seed}: {arm.train or 'teacher'} {arm.options}")
+        file = measured_file(args.out, arm, seed)
+        if not file.exists():
+            sampler = open_arm(arm, seed, args)
+            with arithmetic(args).passes():
+                measured = shapes.measure(sampler.images, recogniser, **shapes.THOROUGH)
+            weights.write_json(file, measured)
+        yield
 
 
-def arguments_of(arm, seed, out, device, dtype):
-    """The arguments of an arm's training run. Stage II has our 4-step student for its reference."""
-    words = [*arm.train.split(), "--seed", str(seed), "--out", str(folder_of(arm, seed, out)), "--resume",
-             "--device", str(device), "--dtype", dtype]
-    if "--stage 2" in arm.train:
-        words += ["--student", str(folder_of(Arm(arm.start), seed, out)), "--reference", str(folder_of(OURS4, seed, out))]
-    return train.parse_arguments(words)
+def arithmetic(args):
+    """That of a training run of the tiny preset."""
+    return Arithmetic(args.device, DTYPES[args.dtype], short=True)
 
 
-def pending_iterations(arm, seed, out, device, dtype):
-    if not arm.train or train.is_finished(folder_of(arm, seed, out)):
-        return 0
-    return arguments_of(arm, seed, out, device, dtype).iterations
-
-
-def open_arm(arm, seed, out, device, dtype):
-    """The pipeline of an arm, trained if it is not there yet, and how it is sampled."""
+def open_arm(arm, seed, args):
+    """An arm as a pipeline.Sampler. It is trained first, if it is not there yet."""
     if not arm.train:
-        return open_model(f"{TINY}@{arm.how}", device)
-    args, folder = arguments_of(arm, seed, out, device, dtype), folder_of(arm, seed, out)
-    if not train.is_finished(folder):
-        for before in (Arm(arm.start), OURS4) if args.stage == 2 else ():
-            open_arm(before, seed, out, device, dtype)
-        {1: train.stage1, 2: train.stage2}[args.stage](args)
-    pipeline, how = open_model(f"{folder}@{arm.how}" if arm.how else folder, device)
-    if pipeline.carried("training") != json.loads(train.settings(args)):
-        raise weights.UserError(f"{folder}: made with other settings; remove it, or choose another --out")
-    return pipeline, how
+        return open_sampler(f"{TINY}@{arm.options}", args.device)
+    settings, folder = settings_of(arm, seed, args), folder_of(arm, seed, args.out)
+    if not is_finished(folder):
+        for before in (Arm(arm.start), OURS4) if settings.stage == 2 else ():
+            open_arm(before, seed, args)
+        {1: train.stage1, 2: train.stage2}[settings.stage](settings)
+    if settings.stage == 2:
+        train.check_stage2(settings)  # which fills in what the recipe names
+    sampler = open_sampler(f"{folder}@{arm.options}" if arm.options else folder, args.device)
+    if sampler.pipeline.carried("training") != json.loads(train.recipe(settings)):
+        raise UserError(f"{folder}: made with other settings; remove it, or choose another --out")
+    return sampler
+
+
+def settings_of(arm, seed, args):
+    """The settings of an arm's training run, as train.main has them. Stage II's reference is our 4-step student."""
+    words = [*arm.train.split(), "--seed", str(seed), "--out", str(folder_of(arm, seed, args.out)), "--resume",
+             "--device", str(args.device), "--dtype", args.dtype]
+    if "--stage 2" in arm.train:
+        student, reference = (folder_of(before, seed, args.out) for before in (Arm(arm.start), OURS4))
+        words += ["--student", str(student), "--reference", str(reference)]
+    settings = train.parse_arguments(words)
+    settings.arithmetic = arithmetic(args)
+    return settings
 
 
 def slug(text):
@@ -174,14 +203,14 @@ def folder_of(arm, seed, out):
 
 
 def measured_file(out, arm, seed):
-    name = slug(f"{arm.train or 'teacher'}{origin(arm)} {arm.how}")
+    name = slug(f"{arm.train or 'teacher'}{origin(arm)} {arm.options}")
     return out / "measured" / f"{name}-seed{seed}.json"
 
 
-# ---------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------------------------ report
 
 def numbers(out, arm, seeds, measure):
-    """A measure of an arm, seed by seed, (n,); and the standard error within a seed, which serves where there is one alone."""
+    """A measure of an arm, seed by seed, (n,), and the standard error of the first, which serves where it is alone."""
     group, name = measure
     files = [file for file in (measured_file(out, arm, seed) for seed in range(seeds)) if file.exists()]
     pairs = np.array([json.loads(file.read_text())[group][name] for file in files]).reshape(-1, 2)
@@ -194,7 +223,7 @@ def spread(values, error):
 
 
 def judge(above, below, sign):
-    """A claim over the same seeds: mean difference, half its 95 % t-interval, and one word. (n,), (n,)."""
+    """A claim over the same seeds, (n,) and (n,): mean difference, half its 95 % t-interval, and one word."""
     n = min(len(above), len(below))
     difference = sign * (above[:n] - below[:n])
     if n < 2:
@@ -209,31 +238,49 @@ def report(names, seeds, out):
     lines = []
     for name in names:
         ablation = ABLATIONS[name]
-        lines += ["", f"### {ablation.title}", "", f"| arm | seeds | {' | '.join(COLUMNS)} |", "|" + "---|" * (2 + len(COLUMNS))]
-        for label, arm in ablation.arms.items():
-            found = {column: numbers(out, arm, seeds, measure) for column, measure in COLUMNS.items()}
-            if count := len(found["adherence"][0]):
-                cells = ["{:.{d}f} ± {:.{d}f}".format(*spread(*found[c]), d=1 if "distance" in c else 3) for c in COLUMNS]
-                lines.append(f"| {label} | {count} | {' | '.join(cells)} |")
-        lines += ["", "| claim | measure | difference | verdict |", "|---|---|---|---|"]
-        for claim in ablation.claims:
-            pair = (numbers(out, ablation.arms[arm], seeds, claim.measure)[0] for arm in (claim.above, claim.below))
-            mean, half, word = judge(*pair, claim.sign)
-            measure = " ".join(claim.measure).replace("distribution ", "").replace(" mean", "")
-            lines.append(f"| {claim.text} | {measure} | {claim.sign * mean:+.3f} ± {half:.3f} | {word} |")
+        lines += [f"### {ablation.title}", "", *table_of_arms(ablation, seeds, out), "",
+                  *table_of_claims(ablation, seeds, out), ""]
         for picture in (f"{name}.png", f"{name}-curve.png"):
-            lines += ["", f"![{ablation.title}]({picture})"] if (out / picture).exists() else []
-    return "\n".join(lines[1:]) + "\n"
+            if (out / picture).exists():
+                lines += [f"![{ablation.title}]({picture})", ""]
+    return "\n".join(lines)
 
 
-def sheet(name, out, device, dtype, draw, rows=6):
+def table_of_arms(ablation, seeds, out):
+    lines = [f"| arm | seeds | {' | '.join(COLUMNS)} |", "|" + "---|" * (2 + len(COLUMNS))]
+    for label, arm in ablation.arms.items():
+        found = {column: numbers(out, arm, seeds, measure) for column, measure in COLUMNS.items()}
+        measured = len(found["adherence"][0])
+        if measured:
+            cells = []
+            for column in COLUMNS:
+                mean, deviation = spread(*found[column])
+                digits = 1 if "distance" in column else 3
+                cells.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}")
+            lines.append(f"| {label} | {measured} | {' | '.join(cells)} |")
+    return lines
+
+
+def table_of_claims(ablation, seeds, out):
+    lines = ["| claim | measure | difference | verdict |", "|---|---|---|---|"]
+    for claim in ablation.claims:
+        above, below = (numbers(out, ablation.arms[arm], seeds, claim.measure)[0] for arm in (claim.above, claim.below))
+        mean, half, word = judge(above, below, claim.sign)
+        measure = " ".join(claim.measure).replace("distribution ", "").replace(" mean", "")
+        lines.append(f"| {claim.text} | {measure} | {claim.sign * mean:+.3f} ± {half:.3f} | {word} |")
+    return lines
+
+
+def sheet(name, args, rows=6):
     """A contact sheet of an ablation: a row a prompt, a column an arm, all of seed 0 and of the same noise."""
     arms = ABLATIONS[name].arms
-    prompts = train.draw_prompts(None, rows, torch.Generator().manual_seed(7))
-    columns = [draw(*open_arm(arm, 0, out, device, dtype), prompts, range(1, rows + 1)) for arm in arms.values()]
-    images = torch.stack(columns, dim=1).flatten(0, 1)                            # (rows · arms, 3, H, W)
-    headings = [arm.replace("×", "x").replace("α", "alpha") for arm in arms]      # PIL's own font is without
-    write_picture(contact_sheet(images, prompts, headings), out / f"{name}.png")
+    prompts = sheet_prompts(None, rows)
+    samplers = [open_arm(arm, 0, args) for arm in arms.values()]
+    with arithmetic(args).passes():
+        columns = [sampler.images(prompts, range(1, rows + 1)) for sampler in samplers]
+    images = torch.stack(columns, dim=1).flatten(0, 1)                                  # (rows · arms, 3, H, W)
+    headings = [arm.replace("×", "x").replace("α", "alpha") for arm in arms]            # PIL's own font is without
+    write_picture(contact_sheet(images, prompts, headings), args.out / f"{name}.png")
 
 
 def plot(name, seeds, out):
@@ -245,12 +292,11 @@ def plot(name, seeds, out):
     ablation, measures = ABLATIONS[name], {"adherence": ADHERENCE, "coverage": COVERAGE, "Fréchet distance": DISTANCE}
     figure = Figure(figsize=(12, 3.5), layout="constrained")
     for axes, (label, measure) in zip(figure.subplots(1, len(measures)), measures.items()):
-        for i, (curve, points) in enumerate(ablation.curves.items()):
-            found = [spread(*numbers(out, ablation.arms[arm], seeds, measure)) for arm in points]
-            axes.errorbar(points.values(), *zip(*found), fmt="o", capsize=3, label=curve)
-            for (arm, x), (mean, _) in zip(points.items(), found) if len(ablation.curves) > 1 else ():
-                axes.annotate(arm.split()[0], (x, mean), (10 * i - 5, 3), textcoords="offset points", fontsize=7,
-                              ha=("right", "left")[i])
+        for curve, points in ablation.curves.items():
+            means, errors = zip(*(spread(*numbers(out, ablation.arms[arm], seeds, measure)) for arm in points))
+            axes.errorbar(points.values(), means, errors, fmt="o", capsize=3, label=curve)
+            for arm, x, mean in zip(points, points.values(), means):
+                axes.annotate(arm, (x, mean), (4, 3), textcoords="offset points", fontsize=6)
         axes.set(xlabel=ablation.axis, ylabel=label)
         axes.grid(alpha=0.3)
     axes.legend()

@@ -1,340 +1,141 @@
-"""What models cost: the time of sampling, the memory and the work of a training iteration.
+"""What sampling takes: counted for any model, and timed (`evaluate.py speed`).
 
-The two commands here, `evaluate.py speed` and `evaluate.py memory`, also take official sizes, with random weights: a cost does
-not depend on values.
+Official sizes can be timed with random weights: time does not depend on their values.
 """
 
-import argparse
-import contextlib
-import json
-import math
 import platform
 import statistics
 import time
-import weakref
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
 import flow
-import tiny
-import train
 import weights
-from adversarial import ConvNeXt, Heads
-from cache import Cache, Compensator, effective_nfe, forward_flops, new_cache, sampling_flops
+from cache import CachedSteps, effective_nfe, new_cache, sampling_flops
+from commandline import UserError
 from mmdit import MMDiT
-from sample import DTYPES, LATENTS_AT_ONCE, TINY, Pipeline, decode, generate, open_model
+from pipeline import DTYPES, TINY, Pipeline, load_pipeline
 from text import TextEncoders, silence_transformers
 from vae import VAE
 
+TEACHER = "teacher, 28 × 2"
+COLUMNS = ("sampler", "evaluations", "transformer, s", "of the teacher's", "by FLOPs", "text to pixels, s", "images/s")
 
-# ---------------------------------------------------------------------------------------------------------------- speed
+SIZES = {  # of the official transformers: blocks, which are also the heads; and what else sets them apart
+    "sd3-medium": (24, {"pos_max": 192}),
+    "sd3.5-medium": (24, {"pos_max": 384, "qk_norm": True, "dual": range(13)}),
+    "sd3.5-large": (38, {"pos_max": 192, "qk_norm": True}),
+}
+TOKENIZERS = (("tokenizer", 77), ("tokenizer_2", 77), ("tokenizer_3", 256))  # tokens that each encoder reads
+CLIPS = ((768, 12, 12, "quick_gelu"), (1280, 32, 20, "gelu"))  # width, layers, heads, activation
+T5 = {"d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "feed_forward_proj": "gated-gelu"}
+T5_LAYERS = 24
+
+
+# ----------------------------------------------------------------------------------------------------------- counted
+
+def sampling_cost(sampler):
+    """What an image takes, {of what: (value, 0)}, as shapes.measure has it. Operations are the transformer's."""
+    pipeline, options = sampler
+    _, h, w = pipeline.latent_shape()
+    steps = len(pipeline.sigmas(options.get("steps"), options.get("shift"))) - 1
+    guided = options.get("guidance", pipeline.guidance()) > 1
+    depth, tokens = len(pipeline.mmdit.joint_blocks), pipeline.text([""])[0].shape[1]
+    blocks = pipeline.cache.blocks if pipeline.cache else None
+    flops = sampling_flops(pipeline.mmdit, h, w, tokens, steps, pipeline.cache, guided)
+    return {"steps": (steps, 0), "effective evaluations": (effective_nfe(depth, blocks, steps, guided), 0),
+            "GFLOP an image": (flops / 1e9, 0)}
+
+
+# ------------------------------------------------------------------------------------------------------------- speed
 
 @torch.no_grad()
 def speed(args):
     """Time teacher (28 × 2) and students (4, 2 and fewer), and their parts, in one run, at batch 1 and at --batch."""
-    device, dtype = args.device, DTYPES[args.dtype]
-    if args.preset and args.model or args.depth and not args.preset:
-        raise weights.UserError("give --model, or else --preset, which --depth goes with")
-    if args.preset and (args.depth or 1) > SIZES[args.preset][0]:
-        raise weights.UserError(f"--depth {args.depth}: {args.preset} has {SIZES[args.preset][0]} blocks")
-    pipeline = random_pipeline(args.preset, args.depth, device, dtype) if args.preset \
-        else open_model(args.model or TINY, device, dtype)[0]
-    mmdit, blocks = pipeline.mmdit, len(pipeline.mmdit.joint_blocks)
-    cache = pipeline.cache
-    if cache is None or cache.compensators is None:
-        cache = new_cache(cached_share(args.preset, blocks), mmdit.pos_embed.shape[2], device)
-        cache.compensators.to(dtype)
-    shape = pipeline.latent_shape(args.size)
+    pipeline = open_pipeline(args)
+    depth, shape = len(pipeline.mmdit.joint_blocks), pipeline.latent_shape(args.size)
+    cache = pipeline.cache or new_cache(cached_blocks(depth), pipeline.mmdit.pos_embed.shape[2])
+    cache.compensator.to(args.device, DTYPES[args.dtype])
+    samplers = {  # name: steps, guidance, cache
+        TEACHER: (28, 7.0, None),
+        "4 steps": (4, 1.0, None),
+        "2 steps": (2, 1.0, None),
+        f"{effective_nfe(depth, cache.blocks, 2):.2f} steps": (2, 1.0, cache),
+    }
+    seconds = {batch: clock(tasks(pipeline, samplers, shape, batch), args.device) for batch in sorted({1, args.batch})}
     tokens = pipeline.text([""])[0].shape[1]
-    arms = {"teacher, 28 × 2": (28, True, None), "4 steps": (4, False, None), "2 steps": (2, False, None),
-            f"{effective_nfe(blocks, cache.ranges, 2):.2f} steps": (2, False, cache)}
-    flops = {name: sampling_flops(mmdit, *shape[1:], tokens, steps, cached, guided)
-             for name, (steps, guided, cached) in arms.items()}
+    flops = {name: sampling_flops(pipeline.mmdit, *shape[1:], tokens, steps, cached, guidance > 1)
+             for name, (steps, guidance, cached) in samplers.items()}
+    measured = {"machine": machine(args.device), "dtype": args.dtype, "seconds": seconds, "flops": flops}
+    weights.write_json(args.out / "speed.json", measured)
 
-    measured = {}
-    for batch in sorted({1, args.batch}):
-        prompts = ["a circle"] * batch
-        cond, uncond = pipeline.text(prompts), pipeline.text([""] * batch)
-        noise = flow.initial_noise(shape, range(batch)).to(device)
-        tasks = {"text": partial(pipeline.text, prompts), "VAE": partial(pipeline.vae.decode, noise.to(dtype))}
-        for name, (steps, guided, cached) in arms.items():
-            tasks[name] = partial(flow.sample, mmdit, noise, flow.sd3_sigmas(steps, pipeline.shift), cond, uncond,
-                                  7.0 if guided else 1.0, cache=cached)
-        measured[batch] = clock(tasks, device)
-    weights.write_json(args.out / "speed.json", {"machine": machine(device), "dtype": args.dtype, "seconds": measured,
-                                                 "flops": flops})
-
-    lines = ["| sampler | evaluations | transformer, s | of the teacher's | by FLOPs | text to pixels, s | images/s, batch "
-             f"{args.batch} |", "|" + "---|" * 7]
-    one, many = ({name: statistics.median(times) for name, times in measured[batch].items()} for batch in (1, args.batch))
-    for name, (steps, guided, cached) in arms.items():
-        whole, rate = (part[name] + part["VAE"] + part["text"] * (2 if guided else 1) for part in (one, many))
-        evaluations = effective_nfe(blocks, cached.ranges if cached else [], steps, guided)
-        lines.append(f"| {name} | {evaluations:.2f} | {many[name]:.3g} | 1/{many['teacher, 28 × 2'] / many[name]:.1f} "
-                     f"| 1/{flops['teacher, 28 × 2'] / flops[name]:.1f} | {whole:.3g} | {args.batch / rate:.3g} |")
-    what = f"random weights of {args.preset}" + (f", {blocks} blocks deep" if args.depth else "") if args.preset \
-        else str(args.model or TINY.name)
-    text = "\n".join(lines) + (
-        f"\n\n{what}, {8 * shape[1]}×{8 * shape[2]}; medians of 5 rounds in turn; transformer: batch {args.batch}, text to "
-        f"pixels: batch 1, of which text {one['text']:.3g} s (twice for the teacher) and VAE {one['VAE']:.3g} s; "
-        f"{machine(device)}, {args.dtype}.\n")
-    weights.write_text(args.out / "speed.md", text)
-    print(text)
+    one, many = ({name: statistics.median(times) for name, times in seconds[batch].items()}
+                 for batch in (1, args.batch))
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    for name, (steps, guidance, cached) in samplers.items():
+        texts = 2 if guidance > 1 else 1
+        single, batched = (part[name] + part["VAE"] + texts * part["text"] for part in (one, many))
+        cells = [
+            name,
+            f"{effective_nfe(depth, cached.blocks if cached else None, steps, guidance > 1):.2f}",
+            f"{many[name]:.3g}",
+            f"1/{many[TEACHER] / many[name]:.1f}",
+            f"1/{flops[TEACHER] / flops[name]:.1f}",
+            f"{single:.3g}",
+            f"{args.batch / batched:.3g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    model = f"random weights of {args.preset}, depth {depth}" if args.preset else args.model or TINY.name
+    height, width = (pipeline.vae.factor * side for side in shape[1:])
+    lines += ["", f"{model}, {height}×{width}; medians of rounds in which all take turns. Transformer and images/s: "
+              f"batch {args.batch}. Text to pixels: batch 1, of which text {one['text']:.3g} s (twice for the teacher) "
+              f"and VAE {one['VAE']:.3g} s. {machine(args.device)}, {args.dtype}."]
+    weights.write_text(args.out / "speed.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
-# --------------------------------------------------------------------------------------------------------------- memory
-
-MODES = {1: {"all weights": [], "all weights, --offload": ["--offload"], "--lora 64": ["--lora", "64"]},
-         2: {"all weights, --offload": ["--lora", "0", "--offload"], "--lora 64": []}}
-
-
-def memory(args):
-    """Peak memory and work of an iteration (train.distribution_matching, train.refinement), with random weights of true size.
-
-    On a GPU it runs and is timed. On a CPU nothing is computed: the same code goes over fake tensors, and what it would hold
-    and multiply is counted.
-    """
-    lines = ["| preset | what is trained | peak memory, GB | F a sample | PFLOP an iteration | s an iteration | hours |",
-             "|" + "---|" * 7]
-    for preset in args.preset or SIZES:
-        for name, flags in MODES[args.stage].items():
-            settings = train.parse_arguments([
-                "--stage", str(args.stage), "--preset", preset, "--device", str(args.device), "--dtype", "bf16",
-                "--at-once", str(args.at_once), "--out", str(args.out / "run"), *flags])
-            if args.device.type == "cuda":
-                peak, seconds = run_iterations(args, settings)
-            else:
-                peak, seconds = count_memory(args, settings), 0
-            flops, hours = count_flops(args, settings), seconds * settings.iterations / 3600
-            with torch.device("meta"):
-                one = forward_flops(new_mmdit(preset, args.depth), args.size[0] // 8, args.size[1] // 8, TOKENS)
-            row = [preset, name, f"{peak / 1e9:.1f}" if peak else "does not fit", f"{flops / settings.batch / one:.2f}",
-                   f"{flops / 1e15:.2f}", *(f"{x:.3g}" if x else "unmeasured" for x in (seconds, hours))]
-            lines.append(f"| {' | '.join(row)} |")
-            weights.write_text(args.out / "memory.md", "\n".join(lines) + "\n")
-            print(lines[-1])
-    text = (f"Stage {'I' * args.stage}, random weights{f', {args.depth} blocks deep' if args.depth else ''}, "
-            f"{args.size[0]}×{args.size[1]}, a batch of "
-            f"{settings.batch}, {args.at_once} at once, bf16; hours for {settings.iterations} iterations; memory "
-            + ("as torch's allocator measured it; " if args.device.type == "cuda" else
-               "of all tensors at their peak, counted, not measured: what the allocator and the kernels need comes on top; ")
-            + f"{machine(args.device)}.\n")
-    weights.write_text(args.out / "memory.md", "\n".join([*lines, "", text]))
-    print("\n" + "\n".join([*lines, "", text]))
+def open_pipeline(args):
+    """The model that the command line names, or random weights of an official size."""
+    if args.preset and args.model or args.depth and not args.preset:
+        raise UserError("give a model, or else --preset, which --depth goes with")
+    if args.preset is None:
+        return load_pipeline(args.model or TINY, args.device, DTYPES[args.dtype])
+    blocks, _ = SIZES[args.preset]
+    if (args.depth or 1) > blocks:
+        raise UserError(f"--depth {args.depth}: {args.preset} has {blocks} blocks")
+    return random_pipeline(args.preset, args.depth or blocks, args.device, DTYPES[args.dtype])
 
 
-def random_networks(args, settings):
-    """What an iteration needs beside its settings, of true size: the first arguments of `updates`. Their values do not matter."""
-    def load(device, dtype):
-        with torch.device(device), default_dtype(dtype):
-            network = new_mmdit(settings.preset, args.depth).requires_grad_(False)
-        network.settings["sample_size"] = args.size[0] // 8
-        return network
+def tasks(pipeline, samplers, shape, batch):
+    """{name: a function that does this part of the work for a batch}: text, VAE and each sampler's transformer."""
+    prompts = ["a circle"] * batch
+    cond, uncond = pipeline.text(prompts), pipeline.text([""] * batch)
+    noise = flow.initial_noise(shape, range(batch)).to(pipeline.device)                 # (batch, C, h, w)
+    latents = noise.to(pipeline.mmdit.pos_embed.dtype)
 
-    def text(prompts):  # encoded beforehand
-        shapes = (len(prompts), TOKENS, 4096), (len(prompts), 2048)
-        return [torch.zeros(shape, dtype=torch.bfloat16, device=settings.device) for shape in shapes]
+    def sample(steps, guidance, cache):
+        sigmas = flow.sd3_sigmas(steps, pipeline.shift)
+        flow.sample(CachedSteps(pipeline.mmdit, cache), noise, sigmas, cond, uncond, guidance)
 
-    frozen, trained, _ = train.open_networks(settings, load, trained=3 - settings.stage)
-    with torch.device(settings.device):
-        pipeline = Pipeline(frozen, VAE().requires_grad_(False), text)
-        if settings.stage == 1:
-            return pipeline, *trained
-        reference = replace(pipeline, mmdit=train.frozen_network(settings, load))
-        backbone = ConvNeXt(**CONVNEXT).requires_grad_(False)
-        ranges = cached_share(settings.preset, len(frozen.joint_blocks))
-        cache = Cache(ranges, nn.ModuleList(Compensator(frozen.pos_embed.shape[2]) for _ in ranges))
-        return pipeline, reference, *trained, cache, backbone, Heads(backbone.widths)
-
-
-def updates(settings, first, *others):
-    """draw(generator), and what to make of its draws, in turn: in Stage II one update of the generator, then the discriminator's."""
-    if settings.stage == 1:
-        _, draw, learn, _ = train.distribution_matching(settings, first, *others, ["a prompt"])
-        return draw, [learn]
-    reference, student, cache, backbone, heads = others
-    reference.mmdit.settings.update(sigmas=json.dumps(flow.student_sigmas(4, first.shift).tolist()), guidance="1.0")
-    sigmas = flow.student_sigmas(2, first.shift).to(settings.device)
-    draw, learn, _ = train.refinement(settings, first, reference, student, cache, sigmas, ["a prompt"], backbone, heads)
-    start = settings.alone + (1 + settings.turns) * settings.warmup  # past the warm-up: all that learns moves
-    return draw, [partial(learn, start + i) for i in range(1 + settings.turns)]
-
-
-def run_iterations(args, settings):
-    """Bytes at the peak, and seconds of an iteration; zeros where memory does not suffice."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(args.device)
-    try:
-        draw, learn = updates(settings, *random_networks(args, settings))
-        tasks = {i: lambda turn=turn: turn(draw(train.seeded(0, 0))) for i, turn in enumerate(learn)}
-        seconds = clock(tasks, args.device, rounds=3)
-    except torch.OutOfMemoryError:
-        return 0, 0
-    return torch.cuda.max_memory_allocated(args.device), statistics.mean(map(statistics.median, seconds.values()))
-
-
-def count_iterations(args, settings, counter):
-    """Two iterations of each kind over fake tensors: nothing is computed, but `counter` sees every operation. Returns how many."""
-    settings = argparse.Namespace(**{**vars(settings), "device": torch.device("cpu"), "offload": settings.offload and "meta"})
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, counter:
-        networks = random_networks(args, settings)
-    draw, learn = updates(settings, *networks)
-    draws = [draw(train.seeded(0, i)) for i in range(2)]
-    with fake, counter:
-        for part in draws:
-            for turn in learn:
-                turn(part)
-    return len(draws) * len(learn)
-
-
-def count_memory(args, settings):
-    """Bytes of all tensors that are there at once, at their peak, with two micro-batches an iteration."""
-    memory = PeakMemory()
-    count_iterations(args, argparse.Namespace(**{**vars(settings), "batch": 2 * settings.at_once}), memory)
-    return memory.peak
-
-
-def count_flops(args, settings):
-    """Floating-point operations of an iteration, the mean of two; in Stage II, of an update of either side."""
-    counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH):  # the one whose products torch counts on a CPU
-        count = count_iterations(args, argparse.Namespace(**{**vars(settings), "at_once": None}), counter)
-    return counter.get_total_flops() / count
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of the storages that are alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                self.add(tensor.untyped_storage())
-        return out
-
-    def add(self, storage):
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.remove, key, size)
-
-    def remove(self, key, size):
-        self.known.remove(key)
-        self.now -= size
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-# --------------------------------------------------------------------------------------- official sizes, random weights
-
-SIZES = {  # of the transformers: blocks, which are also the heads; and what else sets them apart
-    "sd3-medium": (24, {"pos_max": 192}),
-    "sd3.5-medium": (24, {"pos_max": 384, "qk_norm": True, "dual": range(13)}),
-    "sd3.5-large": (38, {"pos_max": 192, "qk_norm": True})}
-CLIPS = {"tokenizer": (768, 12, 12, "quick_gelu"), "tokenizer_2": (1280, 32, 20, "gelu")}  # width, layers, heads, activation
-TOKENS = 77 + 256  # of text
-CONVNEXT = {"depths": (3, 4, 30, 3), "widths": (384, 768, 1536, 3072), "embedding": 1024}  # convnext_xxlarge
-
-
-def new_mmdit(preset, depth):
-    blocks, more = SIZES[preset]
-    return MMDiT(depth=depth or blocks, width=64 * blocks, heads=blocks, context_dim=4096, pooled_dim=2048, **more)
-
-
-@torch.no_grad()
-def random_pipeline(preset, depth, device, dtype):
-    """All of an SD3 in its true size, with random weights; `depth` blocks of the transformer and of each text encoder."""
-    def build(kind, **config):
-        return kind.from_pretrained(None, config=kind.config_class(**config), state_dict={}, dtype=dtype)
-
-    silence_transformers()
-    text_depth = partial(min, depth or 100)
-    tokenizers = [AutoTokenizer.from_pretrained(TINY / name, model_max_length=length)
-                  for name, length in (("tokenizer", 77), ("tokenizer_2", 77), ("tokenizer_3", 256))]
-    clips = [build(CLIPTextModelWithProjection, hidden_size=width, intermediate_size=4 * width, projection_dim=width,
-                   num_hidden_layers=text_depth(layers), num_attention_heads=heads, hidden_act=activation,
-                   **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")})
-             for tokenizer, (width, layers, heads, activation) in zip(tokenizers, CLIPS.values())]
-    t5 = build(T5EncoderModel, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=text_depth(24),
-               feed_forward_proj="gated-gelu")
-    with torch.device("meta"):
-        mmdit = new_mmdit(preset, depth)
-        vae = VAE()
-    for network in (mmdit, vae):
-        network.to(dtype).to_empty(device=device)
-        for parameter in network.parameters():
-            parameter.normal_(std=0.02)
-    text = TextEncoders(*clips, t5, tokenizers).to(device)
-    return Pipeline(*(network.requires_grad_(False).eval() for network in (mmdit, vae, text)))
-
-
-def cached_share(preset, blocks):
-    """The cached range of a preset, or of the one with so many blocks; in a network of other depth, the same share of them."""
-    depths = {"tiny": tiny.DEPTH, **{name: depth for name, (depth, _) in SIZES.items()}}
-    preset = preset or next((name for name, depth in depths.items() if depth == blocks), "sd3-medium")
-    (first, last), = train.PRESETS[2][preset]["cache"]
-    whole = depths[preset]
-    count = max(1, round((last - first + 1) * blocks / whole))
-    first = min(first, blocks - count)
-    return [(first, first + count - 1)]
-
-
-# --------------------------------------------------------------------------------------------------------- of a sampler
-
-@torch.no_grad()
-def measure_cost(model, device, dtype):
-    pipeline, how = open_model(model, device, DTYPES[dtype])
-    batch, (_, h, w) = batch_of(pipeline), pipeline.latent_shape()
-    steps = len(pipeline.sigmas(how.get("steps"), how.get("shift"))) - 1
-    guided = how.get("guidance", pipeline.guidance()) > 1
-    flops = sampling_flops(pipeline.mmdit, h, w, pipeline.text([""])[0].shape[1], steps, pipeline.cache, guided)
-    ranges = pipeline.cache.ranges if pipeline.cache else []
-    draw = partial(generate, pipeline, ["a circle"] * batch, range(batch), **how)
-    times = clock({"image": lambda: decode(pipeline, draw())}, pipeline.device)["image"]
-    return {"steps": (steps, 0),
-            "effective evaluations": (effective_nfe(len(pipeline.mmdit.joint_blocks), ranges, steps, guided), 0),
-            "GFLOP an image": (flops / 1e9, 0),
-            "seconds an image": (statistics.median(times) / batch, statistics.stdev(times) / batch),
-            "peak memory, GB": (peak_memory(pipeline.device) / 1e9, 0)}
+    return {"text": partial(pipeline.text, prompts), "VAE": partial(pipeline.vae.decode, latents),
+            **{name: partial(sample, *options) for name, options in samplers.items()}}
 
 
 def clock(tasks, device, rounds=5):
-    """Seconds that each of the functions takes, {name: [one a round]}. They take turns, after a round that does not count."""
-    times = {name: [] for name in tasks}
+    """Seconds of each function, {name: [one a round]}. They take turns, after a round that does not count."""
+    seconds = {name: [] for name in tasks}
     for i, name in tqdm([(i, name) for i in range(rounds + 1) for name in tasks], desc="timing", leave=False):
         synchronize(device)
         start = time.perf_counter()
         tasks[name]()
         synchronize(device)
         if i:
-            times[name].append(time.perf_counter() - start)
-    return times
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def synchronize(device):
@@ -342,21 +143,48 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def peak_memory(device):
-    """Bytes: of the GPU's memory, or of the process's, which Linux tells."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # starts anew with a program, which getrusage does not
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), math.nan)
+def cached_blocks(depth):
+    """(first, last) of the blocks to cache in a network without a cache; a preset's, where one is as deep."""
+    first = depth // 12
+    number = 10 if depth == 38 else max(1, depth // 3)  # 10 of 38 and 8 of 24 are the paper's
+    return first, first + number - 1
 
 
-def batch_of(pipeline, most=32):
-    _, h, w = pipeline.latent_shape()
-    return max(1, min(most, LATENTS_AT_ONCE // (h * w)))
+# ------------------------------------------------------------------------------------ official sizes, random weights
+
+def new_mmdit(preset, depth):
+    """A transformer of an official width, `depth` blocks deep."""
+    blocks, more = SIZES[preset]
+    return MMDiT(depth=depth, width=64 * blocks, heads=blocks, context_dim=4096, pooled_dim=2048, **more)
 
 
-# ---------------------------------------------------------------------------------------------------------- the machine
+@torch.no_grad()
+def random_pipeline(preset, depth, device, dtype):
+    """All of an SD3 in its true size, with random weights: `depth` blocks, and no text encoder of more layers."""
+    silence_transformers()
+    tokenizers = [AutoTokenizer.from_pretrained(TINY / name, model_max_length=length) for name, length in TOKENIZERS]
+    clips = [random_encoder(CLIPTextModelWithProjection, dtype, hidden_size=width, intermediate_size=4 * width,
+                            projection_dim=width, num_hidden_layers=min(depth, layers), num_attention_heads=heads,
+                            hidden_act=activation, bos_token_id=tokenizer.bos_token_id,
+                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+             for tokenizer, (width, layers, heads, activation) in zip(tokenizers, CLIPS)]
+    t5 = random_encoder(T5EncoderModel, dtype, num_layers=min(depth, T5_LAYERS), **T5)
+    text = TextEncoders(*clips, t5, tokenizers, T5["d_model"]).to(device)
+    with torch.device("meta"):
+        mmdit, vae = new_mmdit(preset, depth), VAE()
+    for network in (mmdit, vae):
+        network.to(dtype).to_empty(device=device)
+        for parameter in network.parameters():
+            parameter.normal_(std=0.02)
+    return Pipeline(*(network.requires_grad_(False).eval() for network in (mmdit, vae, text)))
+
+
+def random_encoder(kind, dtype, **config):
+    """A text encoder of transformers, made in `dtype` from the start: T5-XXL in fp32 takes 19 GB."""
+    return kind.from_pretrained(None, config=kind.config_class(**config), state_dict={}, dtype=dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- the machine
 
 def machine(device):
     """What the numbers were measured on."""
@@ -367,7 +195,7 @@ def machine(device):
 
 
 def cpu_name():
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []
+    info = Path("/proc/cpuinfo")  # platform.processor() says no more than x86_64 on Linux
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return (names or [platform.processor() or platform.machine()])[0]

@@ -4,28 +4,27 @@ import math
 
 import numpy as np
 import torch
-from scipy import linalg
 
 
 def frechet_distance(a, b):
     """Fréchet distance between Gaussians of the mean and covariance of two sets of features, (N, D) and (M, D).
 
-    |μa - μb|² + tr(Ca + Cb - 2 (Ca^½ Cb Ca^½)^½) (Heusel et al. 2017), in double precision. Roots are taken of eigenvalues of
-    symmetric matrices: no complex parts, and singular covariances (fewer samples than dimensions) do no harm.
+    |μa - μb|² + tr(Ca + Cb - 2 (Ca^½ Cb Ca^½)^½) (Heusel et al. 2017), in double precision. Roots are taken of
+    eigenvalues of symmetric matrices: no complex parts, and singular covariances (few samples) do no harm.
     """
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in
-                                        (x.detach().cpu().double().numpy() for x in (a, b)))
-    values, vectors = linalg.eigh(cov_a, driver="evd")
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    cross = np.sqrt(linalg.eigvalsh(root @ cov_b @ root, driver="evd").clip(min=0)).sum()
-    return float(((mean_a - mean_b)**2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), torch.cov(x.T)) for x in (a.cpu().double(), b.cpu().double()))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                             # (D, D)
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
 def precision_recall(fake, real, neighbours=3):
     """Improved precision and recall (Kynkäänniemi et al. 2019), sample by sample.
 
-    fake (N, D), real (M, D) -> bool (N,): which samples lie in the support of the real ones, and bool (M,), the other way
-    round. The support is the union of balls around samples that reach to their k-th nearest neighbour. The means are the two.
+    fake (N, D), real (M, D) -> bool (N,): which samples lie in the support of the real ones, and bool (M,), the other
+    way round; their means are precision and recall. The support is the union of balls around samples that reach to
+    their k-th nearest neighbour.
     """
     radius_fake, radius_real = (torch.cdist(x, x).kthvalue(neighbours + 1, dim=1).values for x in (fake, real))
     distance = torch.cdist(fake, real)                                                  # (N, M)
@@ -39,22 +38,14 @@ def pairwise_distance(features):
 
 
 def entropy(values, choices):
-    """Normalised entropy of a sample of `choices` possible values: 1 if uniform, 0 if always the same. values (N,) int64.
+    """Normalised entropy of values (N,) int64 out of `choices` possible ones: 1 if uniform, 0 if always the same.
 
-    With the correction (K' - 1) / 2N for the bias of the plug-in entropy, K' values seen (Miller 1955), so that a uniform
-    sampler scores 1 on average, and at times a little more.
+    It has the correction (K' - 1) / 2N for the bias of the plug-in entropy, K' values seen (Miller 1955), so that a
+    uniform sampler scores 1 on average, and at times a little more.
     """
     counts = torch.bincount(values, minlength=choices).double()
-    p = counts[counts > 0] / counts.sum()
-    return ((-(p * p.log()).sum() + (len(p) - 1) / (2 * counts.sum())) / math.log(choices)).item()
-
-
-def total_variation(values, choices):
-    """Total variation distance of a sample from the uniform distribution, from 0 to 1 - 1/K. values (N,) int64.
-
-    Not corrected: N values of a uniform sampler are at about sqrt(K / 2πN), 0.08 for 5 values and 128 samples.
-    """
-    return (torch.bincount(values, minlength=choices).double() / len(values) - 1 / choices).abs().sum().item() / 2
+    plug_in = torch.special.entr(counts / len(values)).sum()
+    return (plug_in + (counts.count_nonzero() - 1) / (2 * len(values))).item() / math.log(choices)
 
 
 def bootstrap(statistic, n, draws=100, seed=0):

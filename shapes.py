@@ -1,17 +1,16 @@
 """The tiny world: 64×64 scenes whose true distribution is known, their captions, and a recogniser that reads them back.
 
-Not part of the paper. A scene has *structure* (shape, colour, size, position, background) and *detail* (a fine texture),
-each attribute drawn uniformly. A caption names some attributes and leaves the others out, so what a caption leaves open has a
-known, uniform truth: adherence to the prompt and diversity are measured here, not guessed.
+Not part of the paper. A scene has *structure* (shape, colour, size, position, background) and *detail* (a fine
+texture), each attribute drawn uniformly. A caption names some attributes and leaves the others out. So what a caption
+leaves open has a known, uniform truth: adherence to the prompt and diversity are measured here, not guessed.
 """
 
 import math
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from scipy.stats import wasserstein_distance
 from torch import nn
 
 import metrics
@@ -31,7 +30,8 @@ NAMES = tuple(ATTRIBUTES)
 CHOICES = tuple(len(values) for values in ATTRIBUTES.values())
 NAMED_SHARE = 0.6  # of the attributes, in a random caption
 
-COLOURS = torch.tensor([[220, 30, 40], [250, 140, 20], [250, 220, 40], [30, 160, 60], [40, 80, 220], [140, 50, 180]]) / 255
+COLOURS = torch.tensor([[220, 30, 40], [250, 140, 20], [250, 220, 40],
+                        [30, 160, 60], [40, 80, 220], [140, 50, 180]]) / 255
 BACKGROUNDS = torch.tensor([[245, 245, 245], [128, 128, 128], [15, 15, 15], [250, 180, 200]]) / 255
 CENTRES = torch.tensor([[-11., 0], [11, 0], [0, -11], [0, 11], [0, 0]]) + SIZE / 2  # (x, y); y points down
 RADII = torch.tensor([11., 17])
@@ -43,7 +43,7 @@ PERIOD = 8.0     # of a texture, in pixels
 # ------------------------------------------------------------------------------------------------------- scenes
 
 def draw_scenes(n, generator):
-    """n scenes: the index of each attribute's value, int64 (n, 6), and what no caption tells (x, y, radius), (n, 3) in ±1."""
+    """n scenes: the index of each attribute's value, int64 (n, 6), and (x, y, radius), in no caption, (n, 3) in ±1."""
     labels = torch.stack([torch.randint(k, (n,), generator=generator) for k in CHOICES], dim=1)
     return labels, 2 * torch.rand(n, 3, generator=generator) - 1
 
@@ -58,19 +58,14 @@ def render(labels, jitter):
     x = pixels[None, None, :] - centre[:, 0, None, None]                                # (N, 1, 64), from the centre
     y = pixels[None, :, None] - centre[:, 1, None, None]                                # (N, 64, 1)
 
-    distances = shape_distances(x / radius, y / radius) * radius[:, None]                        # (N, 5, 64, 64), in pixels
-    distance = pick(distances, shape)
-    inside = (0.5 - distance).clamp(0, 1)[:, None]                                      # (N, 1, 64, 64), share of the pixel
+    distances = shape_distances(x / radius, y / radius)                                 # (N, 5, 64, 64), in radii
+    distance = distances[torch.arange(len(labels)), shape] * radius                     # (N, 64, 64), in pixels
+    inside = (0.5 - distance).clamp(0, 1)[:, None]                                      # (N, 1, 64, 64), of the pixel
     dark = texture_patterns(pixels[None, :], pixels[:, None])[texture][:, None]         # (N, 1, 64, 64)
 
     colour, background = COLOURS[colour][:, :, None, None], BACKGROUNDS[background][:, :, None, None]
     paint = colour * (1 - dark + DARK * dark)                                           # (N, 3, 64, 64)
     return 2 * (inside * paint + (1 - inside) * background) - 1
-
-
-def pick(maps, index):
-    """maps (N, K, H, W), index (N,) -> the chosen map of each, (N, H, W)."""
-    return maps[torch.arange(len(maps)), index]
 
 
 def shape_distances(x, y):
@@ -86,7 +81,7 @@ def shape_distances(x, y):
 
 
 def texture_patterns(x, y):
-    """How dark each texture is at pixel (x, y), from 0 to 1, edges softened. It is fixed to the picture. -> (4, H, W)."""
+    """How dark each texture is at pixel (x, y), from 0 to 1, edges softened; fixed to the picture. -> (4, H, W)."""
     x, y = torch.broadcast_tensors(x, y)
     wave = 2 * math.pi / PERIOD
     striped = soft(torch.sin(wave * y))
@@ -162,13 +157,29 @@ class Recogniser(nn.Module):
 
 
 @torch.no_grad()
-def recognise(recogniser, images, batch=256):
+def look(recogniser, images, batch=256):
+    """images (N, 3, 64, 64) -> the recogniser's features of them (N, 128), and the values it sees, int64 (N, 6)."""
+    features = torch.cat([recogniser.features(part) for part in images.split(batch)])
+    return features, torch.stack([head(features).argmax(1) for head in recogniser.heads], dim=1)
+
+
+def recognise(recogniser, images):
     """images (N, 3, 64, 64) -> the values seen, int64 (N, 6)."""
-    return torch.cat([torch.stack([logits.argmax(1) for logits in recogniser(part)], dim=1) for part in images.split(batch)])
+    return look(recogniser, images)[1]
 
 
 def recogniser_file(folder):
     return Path(folder) / "recogniser" / "model.safetensors"
+
+
+def measures_file(folder):
+    """What a tiny SD3 scores in `measure`, for some ways to sample it (report.py)."""
+    return Path(folder) / "measures.json"
+
+
+def is_tiny_world(model):
+    """Whether a model draws scenes of the tiny world: it has the recogniser beside it."""
+    return recogniser_file(model).exists()
 
 
 def load_recogniser(folder):
@@ -178,92 +189,89 @@ def load_recogniser(folder):
 
 # ----------------------------------------------------------------------------------------------------- measures
 
-def drawn_prompts(captions, samples):
-    """What `measure` has a generator draw: prompts and seeds, the same at every call, then the captions' labels and named.
+THOROUGH = {"captions": 1024, "samples": 128}  # evaluate.py's measures; training takes fewer images
 
-    First `captions` random captions, once each; then, for every attribute, `samples` times a prompt that names it alone.
+
+def drawn_prompts(captions, samples):
+    """What `measure` has a generator draw, the same at every call -> prompts, seeds, the captions' labels and named.
+
+    First `captions` random captions, once each; then, for every attribute, `samples` times a prompt that names only it.
     """
     prompts, labels, named = draw_captions(captions, torch.Generator().manual_seed(20_000))
-    alone = [caption_of(**{name: values[0]}) for name, values in ATTRIBUTES.items()]
-    prompts = prompts + [prompt for prompt in alone for _ in range(samples)]
-    return prompts, [*range(30_000, 30_000 + captions), *[40_000 + i for _ in alone for i in range(samples)]], labels, named
+    seeds = list(range(30_000, 30_000 + captions))
+    for name, values in ATTRIBUTES.items():
+        prompts += samples * [caption_of(**{name: values[0]})]
+        seeds += range(40_000, 40_000 + samples)
+    return prompts, seeds, labels, named
+
+
+@cache
+def look_at_truth(recogniser, renders, samples):
+    """What `measure` compares with. It does not depend on what is measured and is made once for a recogniser.
+
+    -> features of so many fresh `renders` (renders, 128), and the mean distance between so many true `samples` of each
+    prompt that names one attribute only, (6,).
+    """
+    generator = torch.Generator().manual_seed(50_000)
+    features, _ = look(recogniser, render(*draw_scenes(renders, generator)))
+    scenes, jitter = draw_scenes(len(NAMES) * samples, generator)
+    for i in range(len(NAMES)):
+        scenes[i * samples:(i + 1) * samples, i] = 0  # the value that the prompt names
+    alone, _ = look(recogniser, render(scenes, jitter))                                 # (6 S, 128)
+    return features, metrics.pairwise_distance(alone.unflatten(0, (len(NAMES), samples)))
 
 
 @torch.no_grad()
 def measure(draw, recogniser, captions=256, samples=64, renders=2048, draws=100):
-    """What a generator's images are worth: {measure: {of what: (value, standard error)}}. Errors are of the images drawn,
-    by so many bootstrap `draws`.
+    """What a generator's images are worth: {measure: {of what: (value, standard error)}}.
 
-    draw(prompts, seeds) -> images (N, 3, 64, 64), those of drawn_prompts.
-    adherence           share of right values among the attributes that the random captions name; "whole prompt": share of the
-                        images with all that is named right
-    coverage            normalised entropy of an attribute, mean over the prompts that leave it open; the truth scores 1
-    total variation     distance of its values from uniform, mean over the same prompts
-    placement           Wasserstein distance of the object's centre (mean of x and y) and of its size (root of its area), over
-                        the random captions, from the truth's; pixels
-    distribution        Fréchet distance, precision and recall of the images of the random captions against so many `renders`,
-                        in the recogniser's features; "diversity" is the mean distance between images of one prompt, as a share
-                        of what the truth has
+    draw(prompts, seeds) -> images (N, 3, 64, 64) in [-1, 1], on the CPU, of the prompts and seeds of drawn_prompts. The
+    errors are those of so many images, by so many bootstrap `draws`.
+
+    adherence       share of right values among the attributes that the random captions name; "whole prompt": share of
+                    the images in which all that is named is right
+    coverage        normalised entropy of an attribute, mean over the prompts that leave it open; the truth scores 1
+    distribution    Fréchet distance, precision and recall of the images of the random captions against so many
+                    `renders`, in the recogniser's features; "diversity": mean distance between images of one prompt in
+                    them, as a share of the truth's
     """
     prompts, seeds, labels, named = drawn_prompts(captions, samples)
     images = draw(prompts, seeds)
-    features = torch.cat([recogniser.features(part) for part in images.split(256)])
-    seen = recognise(recogniser, images)
-    generator = torch.Generator().manual_seed(50_000)
-    truth = render(*draw_scenes(renders, generator))
-    true_features = torch.cat([recogniser.features(part) for part in truth.split(256)])
+    with torch.autocast("cpu", enabled=False):  # images may be drawn in bf16, but are always read in fp32
+        features, seen = look(recogniser, images)                                       # (captions + 6 S, 128), (…, 6)
+        true_features, true_diversity = look_at_truth(recogniser, renders, samples)
+    alone, of_captions = features[captions:].unflatten(0, (len(NAMES), samples)), features[:captions]   # (6, S, 128)
+    of_prompts = seen[captions:].unflatten(0, (len(NAMES), samples))                                    # (6, S, 6)
+    inside, covered = metrics.precision_recall(of_captions, true_features)
 
-    def over_captions(index):
-        followed = dict(zip(NAMES, adherence(seen[index], labels[index], named[index]).tolist()))
-        whole = ((seen[index] == labels[index]) | ~named[index]).all(1).double().mean().item()
-        return {"mean": sum(followed.values()) / len(NAMES), **followed, "whole prompt": whole}
+    def followed(index):
+        shares = adherence(seen[index], labels[index], named[index])
+        whole = ((seen[index] == labels[index]) | ~named[index]).all(1).double().mean()
+        return {"mean": shares.mean().item(), **dict(zip(NAMES, shares.tolist())), "whole prompt": whole.item()}
 
-    # samples of one prompt: the six prompts are resampled together, sample by sample
-    of_prompts = seen[captions:].unflatten(0, (len(NAMES), samples))                    # (6, S, 6)
-
-    def over_samples(measure_of, index):
-        values = {name: sum(measure_of(of_prompts[j, index, i], CHOICES[i]) for j in range(len(NAMES)) if j != i)
+    def spread(index):  # the six prompts are resampled together, sample by sample
+        values = {name: sum(metrics.entropy(of_prompts[j, index, i], CHOICES[i]) for j in range(len(NAMES)) if j != i)
                   / (len(NAMES) - 1) for i, name in enumerate(NAMES)}
         return {"mean": sum(values.values()) / len(NAMES), **values}
 
-    where, true_where = object_placement(images[:captions], seen[:captions]), object_placement(truth, recognise(recogniser, truth))
+    def distance(index):
+        return {"Fréchet distance": metrics.frechet_distance(of_captions[index], true_features)}
 
-    def placed(index):
-        x, y, size = (wasserstein_distance(where[index, i], true_where[:, i]) for i in range(3))
-        return {"position": float(x + y) / 2, "size": float(size)}
+    def diversity(index):
+        return {"diversity": (metrics.pairwise_distance(alone[:, index]) / true_diversity).mean().item()}
 
-    inside, covered = metrics.precision_recall(features[:captions], true_features)
-    alone = features[captions:].unflatten(0, (len(NAMES), samples))                     # (6, S, D)
-    scenes, jitter = draw_scenes(len(NAMES) * samples, generator)
-    for j in range(len(NAMES)):
-        scenes[j * samples:(j + 1) * samples, j] = 0  # the value that the prompt names
-    true_diversity = metrics.pairwise_distance(recogniser.features(render(scenes, jitter)).unflatten(0, (len(NAMES), samples)))
     boot = partial(metrics.bootstrap, draws=draws)
     return {
-        "adherence": boot(over_captions, captions),
-        "coverage": boot(partial(over_samples, metrics.entropy), samples),
-        "total variation": boot(partial(over_samples, metrics.total_variation), samples),
-        "placement": boot(placed, captions),
+        "adherence": boot(followed, captions),
+        "coverage": boot(spread, samples),
         "distribution": {
-            **boot(lambda index: {"Fréchet distance": metrics.frechet_distance(features[index], true_features)}, captions),
+            **boot(distance, captions),
             **boot(lambda index: {"precision": inside[index].double().mean().item()}, captions),
             **boot(lambda index: {"recall": covered[index].double().mean().item()}, renders),
-            **boot(lambda index: {"diversity": (metrics.pairwise_distance(alone[:, index]) / true_diversity).mean().item()},
-                   samples)}}
+            **boot(diversity, samples)}}
 
 
 def adherence(seen, labels, named):
-    """Share of right values among those that the prompts name, for each attribute. seen, labels, named (N, 6) -> (6,)."""
+    """Share of right values among those that the prompts name, by attribute. seen, labels, named (N, 6) -> (6,)."""
     right = (seen == labels) & named
     return right.sum(0) / named.sum(0)
-
-
-def object_placement(images, seen, threshold=0.12):
-    """Centre (x, y) of the object and root of its area, in pixels. images (N, 3, 64, 64), seen (N, 6) -> (N, 3).
-
-    The object is what differs from the background that the recogniser saw.
-    """
-    background = BACKGROUNDS[seen[:, NAMES.index("background")]][:, :, None, None]
-    mask = ((images / 2 + 0.5 - background).abs().amax(1) > threshold).float()          # (N, 64, 64)
-    area, pixels = mask.sum((1, 2)).clamp(min=1), torch.arange(SIZE) + 0.5
-    return torch.stack([(mask.sum(1) * pixels).sum(1) / area, (mask.sum(2) * pixels).sum(1) / area, area.sqrt()], dim=1)

@@ -2,17 +2,21 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import ablations
 import evaluate
-import sample
+import pipeline
+import quick_train
 import shapes
 import train
 import weights
 from ablations import Ablation, Arm, Claim
+from commandline import UserError
 
 
 @pytest.mark.parametrize("above, below, sign, word", [
@@ -38,50 +42,66 @@ def test_every_claim_names_arms_and_every_curve_its_arms():
         assert all(arm in ablation.arms for points in ablation.curves.values() for arm in points)
 
 
-def test_models_can_be_named_with_how_they_are_sampled():
-    assert sample.split_model("a/b@steps=4,guidance=2.5,cache=1-2,4-7") == (
-        "a/b", {"steps": 4, "guidance": 2.5, "cache": [(1, 2), (4, 7)]})
-    assert sample.split_model("runs/x@home") == ("runs/x@home", {})
-    pipeline, how = sample.open_model(f"{sample.TINY}@steps=2,cache=3-4")
-    assert how == {"steps": 2} and pipeline.cache.ranges == [(3, 4)]
+def test_models_can_be_named_with_the_options_of_their_sampling():
+    assert pipeline.split_model("a/b@steps=4,guidance=2.5,cache=1-2") == (
+        "a/b", {"steps": 4, "guidance": 2.5, "cache": (1, 2)})
+    assert pipeline.split_model("runs/x@home") == ("runs/x@home", {})
+    sampler = pipeline.open_sampler(f"{pipeline.TINY}@steps=2,cache=3-4")
+    assert sampler.options == {"steps": 2} and sampler.pipeline.cache.blocks == (3, 4)
 
 
-@pytest.fixture
-def ablate(monkeypatch, tmp_path):
-    """A small ablation: the teacher, and a student of one iteration. ablate() -> the report."""
-    arms = {"teacher": Arm("", "steps=1,guidance=1"), "student": Arm("--stage 1 --iterations 1 --batch 2")}
-    claims = [Claim("the student follows prompts", "student", "teacher", ("adherence", "mean"))]
-    monkeypatch.setattr(ablations, "ABLATIONS", {"gate": Ablation("Small", arms, claims)})
-    measure = shapes.measure
-    monkeypatch.setattr(shapes, "measure", lambda draw, recogniser, *sizes: measure(draw, recogniser, 6, 2, 64, 2))
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "ablate", "--seeds", "2", "--dtype", "fp32", "--out", str(tmp_path / "out")])
+# --------------------------------------------------------------------------------------------------------------- runs
 
-    def run():
+FEW = "--iterations 1 --batch 2"
+ARMS = {"teacher": Arm("", "steps=1,guidance=1"), "student": Arm(f"--stage 1 {FEW}"),
+        "refined": Arm(f"--stage 2 {FEW}", start=f"--stage 1 {FEW}")}
+CLAIMS = [Claim("the student follows prompts", "student", "teacher", ("adherence", "mean"))]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder of a small ablation in fp32, made by evaluate.py as it is called in `sys.argv` from then on."""
+    folder = tmp_path_factory.mktemp("ablate")
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, value in quick_train.BARE:
+            patch.setattr(owner, name, value)
+        patch.setattr(shapes, "THOROUGH", {"captions": 6, "samples": 2, "renders": 64, "draws": 2})
+        patch.setattr(ablations, "OURS4", Arm(f"--stage 1 {FEW} --steps 4"))
+        patch.setattr(ablations, "ABLATIONS", {"gate": Ablation("Small", ARMS, CLAIMS)})
+        patch.setattr(sys, "argv", ["evaluate.py", "ablate", "--seeds", "1", "--dtype", "fp32", "--out", str(folder)])
         evaluate.main()
-        return (tmp_path / "out" / "ablate.md").read_text()
-
-    return run
+        yield folder
 
 
-def test_what_is_finished_is_not_done_again(ablate, monkeypatch, tmp_path):
-    report = ablate()
-    assert "| teacher | 1 |" in report and "| student | 2 |" in report and "| undecided |" in report
-    measured = json.loads((tmp_path / "out" / "measured" / "stage-1-iterations-1-batch-2-seed1.json").read_text())
-    assert f"{measured['adherence']['mean'][0]:.3f}"[:3] in report and (tmp_path / "out" / "gate.png").exists()
-    monkeypatch.setattr(train, "stage1", None)
-    monkeypatch.setattr(shapes, "measure", None)
-    assert ablate() == report
+def test_each_arm_is_trained_from_the_runs_before_it_measured_and_reported(out):
+    assert {folder.name for folder in (out / "runs").iterdir()} == {
+        "stage-1-iterations-1-batch-2-seed0", "stage-1-iterations-1-batch-2-steps-4-seed0",
+        "stage-2-iterations-1-batch-2-from-stage-1-iterations-1-batch-2-seed0"}
+    measured = json.loads((out / "measured" / "stage-1-iterations-1-batch-2-seed0.json").read_text())
+    report = (out / "ablate.md").read_text()
+    assert f"| student | 1 | {measured['adherence']['mean'][0]:.3f}" in report and "| undecided |" in report
+    assert "| teacher | 1 |" in report and "| refined | 1 |" in report and (out / "gate.png").exists()
 
 
-def test_runs_made_with_other_settings_are_refused(ablate, monkeypatch):
-    ablate()
-    monkeypatch.setitem(train.PRESETS[1]["tiny"], "student_lr", 1.0)
-    with pytest.raises(weights.UserError, match="other settings"):
-        ablate()
+def test_what_is_finished_is_not_done_again(out, monkeypatch):
+    report = (out / "ablate.md").read_text()
+    for owner, name in ((train, "stage1"), (train, "stage2"), (shapes, "measure")):
+        monkeypatch.setattr(owner, name, None)
+    evaluate.main()
+    assert (out / "ablate.md").read_text() == report
 
+
+def test_runs_made_with_other_settings_are_refused(out, monkeypatch):
+    monkeypatch.setitem(train.PRESETS["tiny"][1], "student_lr", 1.0)
+    with pytest.raises(UserError, match="other settings"):
+        ablations.open_arm(ARMS["student"], 0, SimpleNamespace(out=out, device=torch.device("cpu"), dtype="fp32"))
+
+
+# ------------------------------------------------------------------------------------------------------------- report
 
 def test_differences_are_reported_in_the_units_of_the_measure(tmp_path):
-    ablation = Ablation("T", {"a": Arm("--stage 1"), "b": Arm("--stage 2")}, [Claim("closer", "a", "b", ablations.DISTANCE, -1)])
+    arms, claim = {"a": Arm("--stage 1"), "b": Arm("--stage 2")}, Claim("closer", "a", "b", ablations.DISTANCE, -1)
+    ablation = Ablation("T", arms, [claim])
     for arm, distances in zip(ablation.arms.values(), ([10.0, 11, 12], [30.0, 32, 34])):
         for seed, distance in enumerate(distances):
             found = {group: {} for group in ("adherence", "coverage", "distribution")}
