@@ -28,7 +28,7 @@ class MMDiT(nn.Module):
         hidden = hidden or 4 * width
         self.patch, self.channels, self.pos_max = patch, channels, pos_max
         self.recompute = False  # training: keep only what enters each block, and run it again for the backward pass
-        self.settings = {}  # what the files say beside the tensors: config.json and the header of a tensor file
+        self.metadata = {}  # what the files say beside the tensors: config.json and the header of a tensor file
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(channels, width, patch, stride=patch)})
         self.pos_embed = nn.Parameter(torch.zeros(1, pos_max**2, width), requires_grad=False)  # stored, never trained
         self.t_embedder = Embedder(TIMESTEP_FEATURES, width)
@@ -228,7 +228,7 @@ def load_mmdit(path, device="cpu", dtype=torch.float32):
     """
     source = weights.NetworkFiles(path, "transformer")
     model = empty_mmdit(source)
-    model.settings = {**source.config, **source.metadata}
+    model.metadata = {**source.config, **source.metadata}
     return weights.load_tensors(model, source, device, dtype).requires_grad_(False).eval()
 
 

@@ -70,10 +70,9 @@ def frozen_network(path, arithmetic):
 
 
 def whole(network, path):
-    """A trained network as one that can be saved: adapters merged, shards put together. path: a model of the same
-    shape.
+    """A trained network as one that can be saved: adapters merged, shards put together.
 
-    With many processes all must ask; only the first has the result of merging.
+    path: of a model of the same shape. With many processes all must ask; only the first has the result of merging.
     """
     if parallel.is_sharded(network):
         return parallel.gather(load_mmdit(path), network)

@@ -88,8 +88,7 @@ def share(things):
 # ------------------------------------------------------------------------------------------------ batch and gradients
 
 def micro_batches(batch, at_once=None):
-    """The rows of the global batch that each pass works on, `at_once` samples in each process; the passes are
-    accumulated.
+    """The rows of the global batch that each pass works on: `at_once` samples in each process.
 
     Returns [(the rows of this process, the rows of all processes)]; a sorted batch stays sorted, and the rows of one
     pass lie close together in it. Raises UserError where the batch cannot be divided so.

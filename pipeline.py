@@ -56,12 +56,12 @@ class Pipeline:
     def carried(self, name):
         """What the model says of itself in the header of its tensor file, or None. Raises UserError where it is no
         JSON."""
-        text = self.mmdit.settings.get(name, "null")
+        text = self.mmdit.metadata.get(name, "null")
         return weights.parse_json(text, f"{name} = {text}, in the model's header,")
 
     def latent_shape(self, size=None):
         """(C, h, w) of the latents of an image of `size` (H, W), by default the model's own."""
-        side = self.mmdit.settings.get("sample_size", min(128, self.mmdit.patch * self.mmdit.pos_max))
+        side = self.mmdit.metadata.get("sample_size", min(128, self.mmdit.patch * self.mmdit.pos_max))
         side = int(weights.parse_number(side, "the model's sample_size", least=0))
         h, w = (pixels // self.vae.factor for pixels in size) if size else (side, side)
         self.mmdit.grid_size(h, w)
@@ -176,7 +176,7 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, mmdit=None, text=None
 def find_shift(path, mmdit):
     """Of a folder, as its scheduler says; of a single file, as its header says; else SD3's 3."""
     file = path / "scheduler" / "scheduler_config.json"
-    shift = (weights.read_json(file) if file.exists() else mmdit.settings).get("shift", 3.0)
+    shift = (weights.read_json(file) if file.exists() else mmdit.metadata).get("shift", 3.0)
     return weights.parse_number(shift, f"{file if file.exists() else path}: shift", least=0)
 
 

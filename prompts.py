@@ -164,4 +164,4 @@ class CachedText:
                 weights.write_safetensors(self.file(prompt), {"context": context, "pooled": pooled}, {"prompt": prompt})
         for reader, cut in encoders.cut.items():
             if cut:
-                parallel.say(f"text: {len(cut)} of these prompts are too long for {reader}, which reads their beginning")
+                parallel.say(f"text: {len(cut)} of these prompts are too long for {reader}: it reads the beginning")

@@ -66,7 +66,7 @@ def export(args):
     pipeline = load_pipeline(split_model(args.model)[0], dtype=DTYPES[args.dtype or "fp32"])
     if single and pipeline.cache is not None:
         print("note: a single file has no place for the compensator: all blocks run in every step", file=sys.stderr)
-    header = {name: pipeline.mmdit.settings[name] for name in HEADER if name in pipeline.mmdit.settings}
+    header = {name: pipeline.mmdit.metadata[name] for name in HEADER if name in pipeline.mmdit.metadata}
     (save_single_file if single else save_pipeline)(pipeline, path, header)
     print(path)
 

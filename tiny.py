@@ -60,7 +60,7 @@ def make(folder, seed, arithmetic, train_part):
     vae.shift, vae.scale = latents.mean().item(), 1 / latents.std().item()
     latents = (latents - vae.shift) * vae.scale
     mmdit = part("teacher", new_mmdit, partial(teacher_loss, text, latents, labels), 1e-3, seed)
-    mmdit.settings["sample_size"] = shapes.SIZE // vae.factor
+    mmdit.metadata["sample_size"] = shapes.SIZE // vae.factor
 
     weights.write_safetensors(shapes.recogniser_file(folder), recogniser.state_dict())
     save_backbone(backbone, folder, torch.float16)
@@ -184,10 +184,10 @@ def text_loss(text, generator, batch=128):
     """Each encoder must tell what a caption says: from CLIP's pooled state and mean token, and from T5's mean token."""
     captions, labels, named = shapes.draw_captions(batch, generator)
     context, pooled = text.encoders(captions)
-    said = torch.where(named, labels + 1, 0).to(context.device)                         # (B, 6), 0 = not said
+    told = torch.where(named, labels + 1, 0).to(context.device)                         # (B, 6), 0 = not told
     clip, t5 = context.split([context.shape[1] - text.encoders.t5_length, text.encoders.t5_length], dim=1)
     states = (*pooled.split(CLIP_WIDTH, dim=1), clip.mean(1), t5.mean(1))
-    losses = [F.cross_entropy(probe(state), said[:, i]) for probes, state in zip(text.probes, states, strict=True)
+    losses = [F.cross_entropy(probe(state), told[:, i]) for probes, state in zip(text.probes, states, strict=True)
               for i, probe in enumerate(probes)]
     return torch.stack(losses).mean()
 

@@ -332,8 +332,7 @@ def stage0(args):
 # --------------------------------------------------------------------------------------------------- the one loop
 
 class Run:
-    """Everything that training changes, saved and restored whole; and the recipe, which is all that decides how it
-    goes.
+    """All that training changes, saved and restored whole; and the recipe, all that decides how it goes.
 
     Random numbers need no place in it: those of step i come from a generator seeded by (seed, i), prompts included, so
     a run that goes on from step i draws what it would have drawn.

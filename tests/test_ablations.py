@@ -10,7 +10,6 @@ import torch
 
 import ablations
 import evaluate
-import pipeline
 import quick_train
 import shapes
 import train
@@ -40,14 +39,6 @@ def test_every_claim_names_arms_and_every_curve_its_arms():
     for ablation in ablations.ABLATIONS.values():
         assert all(claim.above in ablation.arms and claim.below in ablation.arms for claim in ablation.claims)
         assert all(arm in ablation.arms for points in ablation.curves.values() for arm in points)
-
-
-def test_models_can_be_named_with_the_options_of_their_sampling():
-    assert pipeline.split_model("a/b@steps=4,guidance=2.5,cache=1-2") == (
-        "a/b", {"steps": 4, "guidance": 2.5, "cache": (1, 2)})
-    assert pipeline.split_model("runs/x@home") == ("runs/x@home", {})
-    sampler = pipeline.open_sampler(f"{pipeline.TINY}@steps=2,cache=3-4")
-    assert sampler.options == {"steps": 2} and sampler.pipeline.cache.blocks == (3, 4)
 
 
 # --------------------------------------------------------------------------------------------------------------- runs

@@ -57,3 +57,13 @@ def test_the_frozen_weights_are_shared_not_copied():
     name = "joint_blocks.1.x_block.attn.qkv"
     assert network.get_submodule(name).weight is base.get_submodule(name).weight
     assert network.get_submodule(name) is not base.get_submodule(name)
+
+
+def test_merged_weights_and_biases_are_in_fp32_on_the_cpu_whatever_they_lay_over():
+    linear = torch.nn.Linear(8, 4).to(torch.bfloat16)
+    adapted = lora.LoRALinear(linear, rank=2, parts=1)
+    torch.nn.init.normal_(adapted.lora_B)
+    plain, x = adapted.merged(), torch.randn(5, 8)
+    assert {p.dtype for p in plain.parameters()} == {torch.float32} and plain.bias is not linear.bias
+    expected = x @ (linear.weight.float() + adapted.lora_B[0] @ adapted.lora_A[0]).T + linear.bias.float()
+    assert torch.allclose(plain(x), expected, atol=1e-5)

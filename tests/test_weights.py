@@ -73,7 +73,7 @@ def test_fp16_is_written_as_fp16(make_pair, tmp_path):
     written = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.float16}
     assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float32}
-    assert mmdit.load_mmdit(tmp_path).settings["sigmas"] == "[1, 0]"
+    assert mmdit.load_mmdit(tmp_path).metadata["sigmas"] == "[1, 0]"
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):

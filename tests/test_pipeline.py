@@ -1,0 +1,91 @@
+"""A whole SD3: what a model says of itself, text that is encoded once, and measures that are not made twice."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import flow
+import pipeline
+import report
+import shapes
+import weights
+from commandline import UserError
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return pipeline.load_pipeline(pipeline.TINY)
+
+
+def test_guidance_that_a_model_carries_is_taken_as_it_is_zero_too(tiny, monkeypatch):
+    for stored, expected in (("0.0", 0), ("3.5", 3.5), (None, 7)):
+        monkeypatch.setattr(tiny.mmdit, "metadata", {} if stored is None else {"guidance": stored})
+        assert tiny.guidance() == expected
+    monkeypatch.setattr(tiny.mmdit, "metadata", {"sigmas": "[1.0, 0.75"})
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        tiny.sigmas()
+
+
+def test_models_can_be_named_with_how_they_are_sampled():
+    assert pipeline.split_model("a/b@steps=4,guidance=2.5,cache=1-2") == (
+        "a/b", {"steps": 4, "guidance": 2.5, "cache": (1, 2)})
+    assert pipeline.split_model("runs/x@home") == ("runs/x@home", {})
+    sampler = pipeline.open_sampler(f"{pipeline.TINY}@steps=2,cache=3-4")
+    assert sampler.options == {"steps": 2} and sampler.pipeline.cache.blocks == (3, 4)
+    for wrong in ("m@steps=0", "m@stepps=2", "m@guidance=nan", "m@cache=4"):
+        with pytest.raises(UserError, match="after the @ comes"):
+            pipeline.split_model(wrong)
+
+
+def test_each_distinct_prompt_is_encoded_once_and_every_image_is_that_of_its_own_prompt(tiny, monkeypatch):
+    encoded, forward = [], type(tiny.text).forward
+    monkeypatch.setattr(pipeline, "LATENTS_AT_ONCE", 2 * 64)  # two images a batch
+    prompts = ["a circle", "a circle", "a circle", "a cross", "a circle"]
+    separate = [pipeline.generate(tiny, [prompt], [seed], steps=2) for seed, prompt in enumerate(prompts)]
+    monkeypatch.setattr(type(tiny.text), "forward", lambda self, words: encoded.extend(words) or forward(self, words))
+    together = pipeline.generate(tiny, prompts, range(5), steps=2)
+    assert torch.allclose(together, torch.cat(separate), atol=1e-4)
+    assert encoded == ["", "a circle", "a cross"]  # the empty prompt, for the guidance
+
+
+def test_a_transformer_that_reads_other_text_than_its_encoders_give_is_refused(tiny, make_pair, tmp_path):
+    shutil.copytree(make_pair("SD3-Medium", "folder").path, tmp_path / "model")
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        shutil.rmtree(tmp_path / "model" / name)
+        shutil.copytree(pipeline.TINY / name, tmp_path / "model" / name)
+    with pytest.raises(UserError, match="text encoders give 128 and 128 features, its transformer reads 224 and 160"):
+        pipeline.load_pipeline(tmp_path / "model")
+
+
+def test_a_model_is_what_its_files_hold_wherever_they_lie(tmp_path):
+    shutil.copytree(pipeline.TINY, tmp_path / "other name")
+    assert weights.identity(tmp_path / "other name") == weights.identity(pipeline.TINY)
+    (tmp_path / "other name" / "log.txt").write_text("not a part of the model")
+    assert weights.identity(tmp_path / "other name") == weights.identity(pipeline.TINY)
+    (tmp_path / "link").mkdir()
+    for part in pipeline.TINY.iterdir():
+        (tmp_path / "link" / part.name).symlink_to(part)
+    assert weights.identity(tmp_path / "link") == weights.identity(pipeline.TINY)
+    file = tmp_path / "other name" / "scheduler" / "scheduler_config.json"
+    file.write_text(file.read_text().replace("3.0", "2.0"))
+    assert weights.identity(tmp_path / "other name") != weights.identity(pipeline.TINY)
+    assert weights.identity(pipeline.TINY, "bf16") != weights.identity(pipeline.TINY)
+
+
+def test_what_the_teacher_scores_ships_with_it_and_is_measured_anew_only_if_it_changed(tiny, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(shapes, "measure", lambda *arguments: measured.append(arguments) or "anew")
+    nodes = flow.student_sigmas(2, tiny.shift)
+    samplers = {"teacher, 28 steps": pipeline.Sampler(tiny, {"steps": 28, "guidance": 7.0}),
+                "teacher, 2 steps": pipeline.Sampler(tiny, {"sigmas": nodes, "guidance": 7.0}),
+                "teacher, 3 steps": pipeline.Sampler(tiny, {"steps": 3, "guidance": 7.0}),
+                "student": pipeline.Sampler(tiny, {"steps": 28, "guidance": 7.0})}
+    found = report.measure(samplers, pipeline.TINY, quiet=True)
+    assert [name for name, measures in found.items() if measures == "anew"] == ["teacher, 3 steps", "student"]
+    shipped = json.loads((pipeline.TINY / "measures.json").read_text())
+    assert found["teacher, 2 steps"] in shipped["measures"].values()
+    shutil.copytree(pipeline.TINY, tmp_path / "model")
+    weights.write_json(tmp_path / "model" / "transformer" / "config.json", {"num_attention_heads": 2, "changed": True})
+    assert set(report.measure(samplers, tmp_path / "model", quiet=True).values()) == {"anew"}
