@@ -53,7 +53,8 @@ COVERAGE, ADHERENCE = ("coverage", "mean"), ("adherence", "mean")
 DISTANCE, TEXTURE = ("distribution", "Fréchet distance"), ("coverage", "texture")
 COLUMNS = {
     "adherence": ADHERENCE, "whole prompt": ("adherence", "whole prompt"), "coverage": COVERAGE, "of texture": TEXTURE,
-    "Fréchet distance": DISTANCE, **{name: ("distribution", name) for name in ("precision", "recall", "diversity")}}
+    "Fréchet distance": DISTANCE, **{name: ("distribution", name) for name in ("precision", "recall", "diversity")},
+    "fidelity": ("fidelity", "mean"), "clean": ("fidelity", "clean"), "16-32 cycles, dB": ("spectrum", "16-32 cycles")}
 
 OURS, OURS4, STAGE2 = Arm("--stage 1"), Arm("--stage 1 --steps 4"), Arm("--stage 2")
 ALWAYS = Arm("--stage 1 --alpha 1")

@@ -196,8 +196,7 @@ class ConvNeXt(nn.Module):
         self.recompute = False  # training: keep only what enters each block, and run it again for the backward pass
 
     def forward(self, images):
-        """images (B, 3, H, W) in [-1, 1] -> maps of the first three stages, of sides H/4, H/8, H/16, and the embedding
-        (B, D)."""
+        """images (B, 3, H, W) in [-1, 1] -> maps of three stages, of sides H/4, H/8, H/16; the embedding (B, D)."""
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         x = self.trunk["stem"]((images / 2 + 0.5 - mean) / std)                         # (B, widths[0], H/4, W/4)
         maps = []

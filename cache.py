@@ -64,8 +64,7 @@ def new_cache(blocks, width, device="cpu"):
 
 
 class CachedSteps:
-    """A network for one sampling run, called once a step: the first call runs all blocks, the later ones the cached
-    step.
+    """A network for one sampling run, called once a step: the first call runs all blocks and fills the cache.
 
     The residual is of the first step and is corrected once, however many steps re-use it. `cache` None: all blocks
     always run.
@@ -101,8 +100,7 @@ def effective_nfe(depth, cached, steps, guided=False):
 
 
 def forward_flops(model, height, width, text_tokens, cached=None):
-    """Floating-point operations of one forward pass of an MMDiT for one latent of height × width, without the `cached`
-    blocks.
+    """Floating-point operations of one pass of an MMDiT for a latent of height × width, without the `cached` blocks.
 
     A multiplication and an addition count as two; matrix products only, as torch's FLOP counter has it.
     """

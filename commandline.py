@@ -27,8 +27,7 @@ def run_script(main):
 
 @contextlib.contextmanager
 def asked_to_stop():
-    """Ctrl-C and SIGTERM wait for the end of an iteration: a list, no longer empty once one has come. The second ends
-    at once."""
+    """Ctrl-C and SIGTERM wait for the end of an iteration: a list of those that came. The second ends at once."""
     asked, before = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number, frame):

@@ -20,6 +20,7 @@ import ablations
 import commandline
 import costs
 import metrics
+import report
 import scores
 import shapes
 import weights
@@ -99,6 +100,9 @@ def quality(args):
     results = {}
     for model in models:
         sampler = open_sampler(model, args.device, DTYPES[args.dtype])
+        if not args.prompts and not results:
+            floor = report.Reconstruction(sampler.pipeline.vae)
+            results[report.AUTOENCODER] = shapes.measure(floor.images, shapes.load_recogniser(TINY), **sizes(args))
         label = model.replace(str(TINY), TINY.name)
         results[label] = {"cost": costs.sampling_cost(sampler), **judge(model, sampler, folders[model])}
         measured = {"machine": costs.machine(args.device), "dtype": args.dtype, "models": results}
@@ -152,8 +156,11 @@ def judge_scenes(args, recogniser, model, sampler, folder):
         files = draw_files(sampler, folder, prompts, seeds)
         return torch.stack([picture_bytes(Image.open(file)) for file in files]) / 127.5 - 1     # (N, 3, 64, 64)
 
-    sizes = shapes.THOROUGH | ({"samples": args.samples} if args.samples else {})
-    return shapes.measure(draw, recogniser, **sizes)
+    return shapes.measure(draw, recogniser, **sizes(args))
+
+
+def sizes(args):
+    return shapes.THOROUGH | ({"samples": args.samples} if args.samples else {})
 
 
 # ----------------------------------------------------------------------------------------- quality of official models
@@ -280,8 +287,8 @@ def table(results):
     lines = [f"| | | {' | '.join(results)} |", "|" + "---|" * (2 + len(results))]
     before = None
     for group, name in rows:
-        pairs = [groups[group][name] for groups in results.values()]
-        cells = [f"{value:.4g}" + (f" ± {error:.2g}" if error else "") for value, error in pairs]
+        pairs = [groups.get(group, {}).get(name) for groups in results.values()]
+        cells = [f"{pair[0]:.4g}" + (f" ± {pair[1]:.2g}" if pair[1] else "") if pair else "" for pair in pairs]
         lines.append(f"| {group if group != before else ''} | {name} | {' | '.join(cells)} |")
         before = group
     return "\n".join(lines)

@@ -30,8 +30,7 @@ def teacher_grid(shift):
 
 
 def student_nodes(n, shift):
-    """Positions of the student's n + 1 nodes in the teacher grid: σ(linspace(1, 0, n+1)), snapped. Returns int64
-    (n+1,)."""
+    """Positions of the student's nodes in the teacher grid: σ(linspace(1, 0, n+1)), snapped. Returns int64 (n+1,)."""
     if n < 1:
         raise ValueError(f"a sampler needs at least one step, not {n}")
     wanted = shift_sigma(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift).float()

@@ -34,8 +34,7 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + torch.einsum("...pr,por->...po", low, self.lora_B).flatten(-2)  # alpha / r = 1
 
     def merged(self):
-        """The plain linear map that does the same, in fp32, on the CPU: it is to be saved, and the device may be
-        full."""
+        """The plain linear map that does the same, in fp32, on the CPU: it is to be saved."""
         plain = nn.Linear(self.in_features, self.out_features, device="meta")
         weight = self.weight.float().cpu() + (self.lora_B @ self.lora_A).flatten(0, 1).float().cpu()
         plain.weight = nn.Parameter(weight, requires_grad=False)

@@ -1,5 +1,4 @@
-"""Many GPUs: one process for each, started by `torchrun --nproc_per_node=N train.py …`. Alone, a process runs the same
-code.
+"""Many GPUs: one process for each, started by `torchrun --nproc_per_node=N train.py …`; one alone runs the same code.
 
 The global batch stays what was asked for. Every process draws all of its random numbers and takes its own rows, so that
 a decision which all must take alike (who runs how many passes?) needs no message. What is trained in full is sharded

@@ -54,8 +54,7 @@ class Pipeline:
         return 7.0 if own is None else float(own)
 
     def carried(self, name):
-        """What the model says of itself in the header of its tensor file, or None. Raises UserError where it is no
-        JSON."""
+        """What the model says of itself in its tensor file's header, or None. Raises UserError if it is no JSON."""
         text = self.mmdit.metadata.get(name, "null")
         return weights.parse_json(text, f"{name} = {text}, in the model's header,")
 

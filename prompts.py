@@ -20,8 +20,7 @@ from text import check_widths, load_text_encoders
 # --------------------------------------------------------------------------------------------------------- files
 
 def read_prompts(path):
-    """The prompts of a file: .txt (one a line), .jsonl (field `prompt`, else `ori_prompt`), .csv or .tsv (column
-    `prompt`)."""
+    """Prompts of a file: .txt (one a line), .jsonl (`prompt`, else `ori_prompt`), .csv or .tsv (column `prompt`)."""
     path = Path(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -106,8 +105,7 @@ def open_prompts(args):
 
 
 class CachedText:
-    """Prompts encoded once, a safetensors file for each, and read from there: the encoders are in memory only while
-    they work.
+    """Prompts encoded once, a safetensors file for each, and read from there. The encoders do not stay in memory.
 
     Called like text.TextEncoders. Each model and dtype has a folder of its own in `folder`.
     """

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -12,6 +13,7 @@ import shapes
 import weights
 from commandline import UserError
 from pictures import contact_sheet
+from vae import VAE
 
 
 class Log:
@@ -79,12 +81,35 @@ class Sheet:
 
 # ------------------------------------------------------------------------------------------------------- measures
 
+AUTOENCODER = "true scenes, autoencoded"
+
+
+class Reconstruction(NamedTuple):
+    """A sampler that draws true scenes and sends them through an autoencoder: the floor of what a model can reach."""
+
+    vae: VAE
+    options: dict = {"autoencoder": 1}
+
+    @torch.no_grad()
+    def images(self, prompts, seeds):
+        scenes = shapes.render(*shapes.true_scenes(prompts, seeds)).to(self.vae.decoder.conv_in.weight.device)
+        decoded = (self.vae.decode(self.vae.encode(part)) for part in scenes.split(64))
+        return torch.cat([part.float().clamp(-1, 1).cpu() for part in decoded])
+
+
 def measure(samplers, model, quiet=False):
-    """shapes.measure of each sampler. What the tiny SD3 `model` carries in its measures.json is not measured again."""
+    """shapes.measure of each sampler, and first of the autoencoder alone.
+
+    What the tiny SD3 `model` carries in its measures.json, of its teacher and its autoencoder, is not measured again.
+    """
     recogniser, known = shapes.load_recogniser(model), known_measures(model)
-    return {name: known.get(options_key(sampler)) if name.startswith("teacher") and options_key(sampler) in known
-            else shapes.measure(sampler.images, recogniser)
-            for name, sampler in tqdm(samplers.items(), desc="measuring", disable=quiet)}
+    vae = next(iter(samplers.values())).pipeline.vae
+    measured = {}
+    for name, sampler in tqdm({AUTOENCODER: Reconstruction(vae), **samplers}.items(), desc="measuring", disable=quiet):
+        ships = name == AUTOENCODER or name.startswith("teacher")
+        found = known.get(options_key(sampler)) if ships else None
+        measured[name] = found or shapes.measure(sampler.images, recogniser)
+    return measured
 
 
 def write_metrics(file, samplers, model):
@@ -104,6 +129,7 @@ def known_measures(model):
 
 def write_measures(samplers, measured, model):
     """Keep what `measure` found of a teacher, {name: measures}, beside its files, for `measure` to find again."""
+    samplers = {**samplers, AUTOENCODER: Reconstruction(None)}
     known = {options_key(sampler): measured[name] for name, sampler in samplers.items()}
     weights.write_json(shapes.measures_file(model), {"model": weights.identity(model), "measures": known})
 
@@ -115,9 +141,9 @@ def options_key(sampler):
 
 
 def table(measured):
-    """What is shown on the screen of {sampler: measures}: adherence, coverage and distribution."""
+    """What is shown on the screen of {sampler: measures}."""
     lines = []
-    for group in ("adherence", "coverage", "distribution"):
+    for group in next(iter(measured.values())):
         lines += ["", f"{group:28}" + "".join(f"{name:>17}" for name in next(iter(measured.values()))[group])]
         lines += [f"{name:28}" + "".join(f"{value:17.3f}" for value, _ in measures[group].values())
                   for name, measures in measured.items()]

@@ -58,8 +58,11 @@ def render(labels, jitter):
     x = pixels[None, None, :] - centre[:, 0, None, None]                                # (N, 1, 64), from the centre
     y = pixels[None, :, None] - centre[:, 1, None, None]                                # (N, 64, 1)
 
-    distances = shape_distances(x / radius, y / radius)                                 # (N, 5, 64, 64), in radii
-    distance = distances[torch.arange(len(labels)), shape] * radius                     # (N, 64, 64), in pixels
+    distance = torch.empty(len(labels), SIZE, SIZE)                                     # to the edge, in radii
+    for i in range(len(ATTRIBUTES["shape"])):
+        rows = shape == i
+        distance[rows] = shape_distance(i, x[rows] / radius[rows], y[rows] / radius[rows])
+    distance = distance * radius                                                        # (N, 64, 64), in pixels
     inside = (0.5 - distance).clamp(0, 1)[:, None]                                      # (N, 1, 64, 64), of the pixel
     dark = texture_patterns(pixels[None, :], pixels[:, None])[texture][:, None]         # (N, 1, 64, 64)
 
@@ -68,16 +71,18 @@ def render(labels, jitter):
     return 2 * (inside * paint + (1 - inside) * background) - 1
 
 
-def shape_distances(x, y):
-    """Signed distance to the edge of each shape of radius 1 at (x, y), negative inside. -> (N, 5, H, W)."""
-    x, y = torch.broadcast_tensors(x, y)
-    circle = (x**2 + y**2).sqrt() - 1
-    square = torch.maximum(x.abs(), y.abs()) - 0.85
-    triangle = torch.maximum(0.866 * x.abs() - 0.5 * (y + 0.2), y - 0.75) - 0.4         # point up
-    diamond = (x.abs() + y.abs()) * 0.7071 - 0.75
-    arm = 0.36
-    cross = torch.minimum(torch.maximum(x.abs() - 1, y.abs() - arm), torch.maximum(x.abs() - arm, y.abs() - 1))
-    return torch.stack([circle, square, triangle + 0.15, diamond, cross], dim=1)
+def shape_distance(shape, x, y):
+    """Signed distance to the edge of a shape (its number) of radius 1 at (x, y), negative inside."""
+    if shape == 0:   # circle
+        return (x**2 + y**2).sqrt() - 1
+    if shape == 1:   # square
+        return torch.maximum(x.abs(), y.abs()) - 0.85
+    if shape == 2:   # triangle, point up
+        return torch.maximum(0.866 * x.abs() - 0.5 * (y + 0.2), y - 0.75) - 0.4 + 0.15
+    if shape == 3:   # diamond
+        return (x.abs() + y.abs()) * 0.7071 - 0.75
+    arm = 0.36       # cross
+    return torch.minimum(torch.maximum(x.abs() - 1, y.abs() - arm), torch.maximum(x.abs() - arm, y.abs() - 1))
 
 
 def texture_patterns(x, y):
@@ -209,16 +214,18 @@ def drawn_prompts(captions, samples):
 def look_at_truth(recogniser, renders, samples):
     """What `measure` compares with. It does not depend on what is measured and is made once for a recogniser.
 
-    -> features of so many fresh `renders` (renders, 128), and the mean distance between so many true `samples` of each
-    prompt that names one attribute only, (6,).
+    -> features of so many fresh `renders` (renders, 128), the mean distance between so many true `samples` of each
+    prompt that names one attribute only, (6,), and the renders' mean power in the top octaves, (2,).
     """
     generator = torch.Generator().manual_seed(50_000)
-    features, _ = look(recogniser, render(*draw_scenes(renders, generator)))
+    images = render(*draw_scenes(renders, generator))
+    features, _ = look(recogniser, images)
     scenes, jitter = draw_scenes(len(NAMES) * samples, generator)
     for i in range(len(NAMES)):
         scenes[i * samples:(i + 1) * samples, i] = 0  # the value that the prompt names
     alone, _ = look(recogniser, render(scenes, jitter))                                 # (6 S, 128)
-    return features, metrics.pairwise_distance(alone.unflatten(0, (len(NAMES), samples)))
+    diversity = metrics.pairwise_distance(alone.unflatten(0, (len(NAMES), samples)))
+    return features, diversity, octave_power(images).mean(0)
 
 
 @torch.no_grad()
@@ -234,12 +241,17 @@ def measure(draw, recogniser, captions=256, samples=64, renders=2048, draws=100)
     distribution    Fréchet distance, precision and recall of the images of the random captions against so many
                     `renders`, in the recogniser's features; "diversity": mean distance between images of one prompt in
                     them, as a share of the truth's
+    fidelity        distance of an image of the random captions to the nearest scene (nearest_scene): its mean, the
+                    value that 90 % stay below, and the share of "clean" images, which are below CLEAN
+    spectrum        power of these images in the top octaves, against that of the renders, in dB; the truth is at 0
     """
     prompts, seeds, labels, named = drawn_prompts(captions, samples)
     images = draw(prompts, seeds)
     with torch.autocast("cpu", enabled=False):  # images may be drawn in bf16, but are always read in fp32
         features, seen = look(recogniser, images)                                       # (captions + 6 S, 128), (…, 6)
-        true_features, true_diversity = look_at_truth(recogniser, renders, samples)
+        true_features, true_diversity, true_power = look_at_truth(recogniser, renders, samples)
+        distances, _ = nearest_scene(images[:captions], seen[:captions])                # (captions,)
+        power = octave_power(images[:captions])                                         # (captions, 2)
     alone, of_captions = features[captions:].unflatten(0, (len(NAMES), samples)), features[:captions]   # (6, S, 128)
     of_prompts = seen[captions:].unflatten(0, (len(NAMES), samples))                                    # (6, S, 6)
     inside, covered = metrics.precision_recall(of_captions, true_features)
@@ -260,6 +272,14 @@ def measure(draw, recogniser, captions=256, samples=64, renders=2048, draws=100)
     def diversity(index):
         return {"diversity": (metrics.pairwise_distance(alone[:, index]) / true_diversity).mean().item()}
 
+    def fidelity(index):
+        some = distances[index]
+        return {"mean": some.mean().item(), "90 %": some.quantile(0.9).item(),
+                "clean": (some < CLEAN).double().mean().item()}
+
+    def spectrum(index):
+        return dict(zip(OCTAVES, (10 * (power[index].mean(0) / true_power).log10()).tolist()))
+
     boot = partial(metrics.bootstrap, draws=draws)
     return {
         "adherence": boot(followed, captions),
@@ -268,7 +288,64 @@ def measure(draw, recogniser, captions=256, samples=64, renders=2048, draws=100)
             **boot(distance, captions),
             **boot(lambda index: {"precision": inside[index].double().mean().item()}, captions),
             **boot(lambda index: {"recall": covered[index].double().mean().item()}, renders),
-            **boot(diversity, samples)}}
+            **boot(diversity, samples)},
+        "fidelity": boot(fidelity, captions),
+        "spectrum": boot(spectrum, captions)}
+
+
+CLEAN = 0.05  # of nearest_scene: a picture without a fault that one would point at
+FAR = 1.5     # how far outside its range, ±1, a scene's jitter may be fitted
+SPREAD, STEPS, TRY = 5, 6, 0.03  # starts along each axis of the jitter; steps from the best; the finite difference
+
+
+def nearest_scene(images, labels):
+    """How far images are from the nearest scene with these attributes; position and radius are fitted.
+
+    Least squares over the jitter (x, y, radius) by Levenberg and Marquardt's method, from the best of a grid of starts.
+    images (N, 3, 64, 64) in [-1, 1], labels (N, 6) -> root mean square error over the pixels, as a share of the range
+    of values, (N,), and the jitter (N, 3).
+    """
+    def residual(jitter):
+        return ((render(labels, jitter) - images) / 2).flatten(1)                       # (N, P)
+
+    axis = (torch.arange(SPREAD) + 0.5) * 2 / SPREAD - 1
+    starts = torch.cartesian_prod(axis, axis, axis)                                     # (SPREAD³, 3)
+    errors = torch.stack([residual(start.expand(len(images), 3)).square().mean(1) for start in starts])
+    jitter, damping = starts[errors.argmin(0)], torch.full((len(images),), 0.01)
+    r = residual(jitter)
+    error = r.square().mean(1)
+    for _ in range(STEPS):
+        slope = torch.stack([(residual(jitter + TRY * e) - r) / TRY for e in torch.eye(3)], dim=2)      # (N, P, 3)
+        curvature, downhill = slope.mT @ slope, -slope.mT @ r[:, :, None]               # (N, 3, 3), (N, 3, 1)
+        damped = curvature + torch.diag_embed(damping[:, None] * curvature.diagonal(dim1=1, dim2=2) + 1e-6)
+        new = (jitter + torch.linalg.solve(damped, downhill)[:, :, 0].clamp(-0.5, 0.5)).clamp(-FAR, FAR)
+        r_new = residual(new)
+        better = r_new.square().mean(1) < error
+        jitter, r = torch.where(better[:, None], new, jitter), torch.where(better[:, None], r_new, r)
+        error, damping = r.square().mean(1), damping * torch.where(better, 0.25, 5.0)
+    return error.sqrt(), jitter
+
+
+OCTAVES = {"8-16 cycles": (8, 16), "16-32 cycles": (16, 32)}  # a picture: the finest that 64 pixels can show
+
+
+def octave_power(images):
+    """Power of the gray pictures in the top octaves of frequency. images (N, 3, 64, 64) -> (N, 2)."""
+    power = torch.fft.fft2(images.mean(1)).abs().square()                               # (N, 64, 64)
+    cycles = torch.fft.fftfreq(SIZE) * SIZE
+    radius = torch.hypot(cycles[:, None], cycles[None, :])
+    return torch.stack([power[:, (radius >= low) & (radius < high)].mean(1) for low, high in OCTAVES.values()], dim=1)
+
+
+def true_scenes(prompts, seeds):
+    """Scenes that captions describe; what these leave open is uniform. -> labels (N, 6), jitter (N, 3)."""
+    labels, jitter = zip(*(draw_scenes(1, torch.Generator().manual_seed(seed)) for seed in seeds))
+    labels, jitter = torch.cat(labels), torch.cat(jitter)
+    for row, prompt in zip(labels, prompts, strict=True):
+        words = prompt.split()
+        for i, values in enumerate(ATTRIBUTES.values()):
+            row[i] = next((j for j, value in enumerate(values) if value in words), row[i])
+    return labels, jitter
 
 
 def adherence(seen, labels, named):

@@ -302,10 +302,9 @@ def check_stage2(args):
 
 
 def load_reference(args, student):
-    """The generator of the real images, beside the student's autoencoder and text: a few-step student, or else the
-    teacher.
+    """The generator of the real images, beside the student's autoencoder and text: a few-step student, or the teacher.
 
-    The teacher needs many more passes for an image: that is said, with the way out.
+    The teacher needs many more passes for an image. The user is told, and how to need fewer.
     """
     mmdit = frozen_network(args.reference, args.arithmetic)
     reference = replace(student, mmdit=mmdit, cache=load_cache(args.reference, mmdit, args.device))

@@ -95,9 +95,9 @@ def test_differences_are_reported_in_the_units_of_the_measure(tmp_path):
     ablation = Ablation("T", arms, [claim])
     for arm, distances in zip(ablation.arms.values(), ([10.0, 11, 12], [30.0, 32, 34])):
         for seed, distance in enumerate(distances):
-            found = {group: {} for group in ("adherence", "coverage", "distribution")}
+            found = {}
             for group, name in ablations.COLUMNS.values():
-                found[group][name] = (0.5, 0.1)
+                found.setdefault(group, {})[name] = (0.5, 0.1)
             found["distribution"]["Fréchet distance"] = (distance, 1.0)
             weights.write_json(ablations.measured_file(tmp_path, arm, seed), found)
     with pytest.MonkeyPatch.context() as patch:

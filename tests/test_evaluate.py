@@ -49,7 +49,9 @@ def test_models_are_measured_side_by_side_and_nothing_is_drawn_twice(run, monkey
     assert teacher["cost"]["effective evaluations"][0] == 4
     assert cached["cost"]["effective evaluations"][0] == pytest.approx(2 - 1 / 3)
     assert 2.3 < teacher["cost"]["GFLOP an image"][0] / cached["cost"]["GFLOP an image"][0] < 2.5
-    assert set(teacher) == {"cost", "adherence", "coverage", "distribution"}
+    assert set(teacher) == {"cost", "adherence", "coverage", "distribution", "fidelity", "spectrum"}
+    floor = found["true scenes, autoencoded"]
+    assert "cost" not in floor and floor["fidelity"]["mean"][0] < teacher["fidelity"]["mean"][0]
 
     monkeypatch.setattr(pipeline, "generate", None)
     again = run(*words)

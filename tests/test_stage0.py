@@ -83,7 +83,7 @@ def test_a_finished_part_is_not_made_again(tmp_path, monkeypatch):
 
 
 def test_stage_0_leaves_a_pipeline_that_carries_its_best_guidance_and_its_measures(tmp_path, monkeypatch, capsys):
-    adherence = iter([0.2, 0.9, 1.0, 1.0, 1.0])  # w = 1, 3; w = 7, which students are distilled from: 28 steps, 1, 2
+    adherence = iter([1.0, 0.2, 0.9, 1.0, 1.0, 1.0])  # the autoencoder; w = 1, 3; w = 7: 28 steps and students' 1, 2
 
     def measure(draw, recogniser):
         brightness = draw(["a red circle"], [0]).mean().item()
@@ -98,7 +98,7 @@ def test_stage_0_leaves_a_pipeline_that_carries_its_best_guidance_and_its_measur
     made, known = load_pipeline(tmp_path), report.known_measures(tmp_path)
     assert made.guidance() == 3 and "best guidance w = 3" in capsys.readouterr().out
     assert made.latent_shape() == (16, 8, 8) and made.vae.scale != 1 and made.shift == tiny.SHIFT
-    assert len(known) == 5
+    assert len(known) == 6
     one_step = Sampler(made, {"sigmas": torch.tensor([1.0, 0.0]), "guidance": 7.0})  # the files hold what was measured
     brightness, _ = known[report.options_key(one_step)]["coverage"]["mean"]
     assert one_step.images(["a red circle"], [0]).mean().item() == pytest.approx(brightness, abs=1e-6)
