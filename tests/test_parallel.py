@@ -21,9 +21,8 @@ from commandline import UserError
 
 FULL = "--stage 1 --iterations 2".split()
 ADAPTERS = "--stage 1 --iterations 2 --lora 2".split()
-REFINED = "--stage 2 --iterations 4 --objective adv+kd --lora 2 alone=1 warmup=0".split()
-REFINED_FULL = "--stage 2 --iterations 4 --objective adv+kd --lora 0 alone=1 warmup=1".split()
-RUNS = {"full": FULL, "adapters": ADAPTERS, "refined": REFINED, "refined, all weights": REFINED_FULL}
+REFINED = "--stage 2 --iterations 4 --objective adv+kd --lora 0 alone=1 warmup=1".split()
+RUNS = {"full": FULL, "adapters": ADAPTERS, "refined": REFINED}
 
 
 def torchrun(*words, wait=True):

@@ -123,7 +123,7 @@ def test_the_shipped_measures_are_of_the_shipped_model_and_of_what_training_comp
     assert known, "tiny-sd3/measures.json is of other files"
     teacher = load_pipeline(TINY)
     keys = {name: report.options_key(sampler) for name, sampler in tiny.teacher_samplers(teacher).items()}
-    assert set(keys.values()) == set(known)
+    assert {*keys.values(), report.options_key(report.Reconstruction(None))} == set(known)
     best = max(tiny.GUIDANCES, key=lambda w: known[keys[f"teacher, 28 steps, w = {w}"]]["adherence"]["mean"][0])
     assert teacher.guidance() == best
 

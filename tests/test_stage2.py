@@ -42,7 +42,7 @@ def test_a_run_leaves_log_sheets_metrics_and_a_student_that_carries_its_cache(re
     assert entry["step"] == 4 and {"discriminator", "adversarial", "output", "feature", "norm"} <= set(entry)
     assert (refined / "sheet-000004.png").exists()
     assert list(json.loads((refined / "metrics.json").read_text())) == [
-        "Stage I student", "Stage I, plain re-use", "student", "reference"]
+        "true scenes, autoencoded", "Stage I student", "Stage I, plain re-use", "student", "reference"]
     student = pipeline.load_pipeline(refined)
     assert student.sigmas().tolist() == [1, 0.75, 0] and student.guidance() == 1 and student.cache.blocks == (2, 5)
     names = "transformer/diffusion_pytorch_model.safetensors"
