@@ -2,17 +2,22 @@
 
 import copy
 import json
+import os
 import re
 import sys
 from collections import namedtuple
 from functools import cache
 from pathlib import Path
 
-import pytest
-import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or diffusers' import makes it speak behind the last line
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,  # noqa: E402
+                       StableDiffusion3Pipeline)
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import (AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config,  # noqa: E402
+                          T5EncoderModel)
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

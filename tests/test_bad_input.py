@@ -257,7 +257,7 @@ def test_a_shape_that_a_text_encoder_is_read_off_is_wrong(single_file, name, sha
     (text.load_text_encoders, T5 + "shared.weight", "shared.weight"),
     (vae.load_vae, "first_stage_model.", "holds no SD3 vae"),
     (mmdit.load_mmdit, "model.diffusion_model.joint_blocks.2.x_block.mlp.fc1.bias", "x_block.mlp.fc1.bias is missing"),
-], ids=str)
+])
 def test_a_single_file_that_lacks_something(single_file, load, start, words):
     file = single_file(drop_all(start))
     line = refusal(load, file)
