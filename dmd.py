@@ -148,7 +148,7 @@ def step_windows(n, shift, whole=False):
 
 
 def draw_batch(size, shape, windows, density, generator):
-    """All that is random in an iteration of `size` samples of latent `shape` (C, H, W), on the CPU -> Batch.
+    """All that is random in an iteration (Sec. 3.2, 3.3) of `size` samples of `shape` (C, H, W), on the CPU -> Batch.
 
     k is uniform; the student's level is drawn from `density` inside the window of k, the fake score's always uniformly.
     The samples are in the order of the steps they need, so that neighbours run alike.

@@ -25,6 +25,7 @@ from adversarial import ConvNeXt, save_backbone
 from commandline import UserError
 from mmdit import MMDiT
 from pipeline import TINY, Pipeline, Sampler, save_pipeline
+from prompts import seeded
 from text import ENCODERS, TextEncoders, load_tokenizer
 from vae import VAE, ResBlock
 
@@ -91,7 +92,7 @@ def make_part(folder, arithmetic, train_part, name, build, loss, rate, seed):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / iterations))
         with arithmetic.passes():
-            value = loss(network, torch.Generator().manual_seed(1_000_003 * seed + step))
+            value = loss(network, seeded(seed, step))
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

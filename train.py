@@ -396,8 +396,7 @@ def fit(args, run, iterate, iterations, sheet=None):
 
 
 def accumulate(args, losses_of, parts):
-    """Add up the gradients of losses_of(part) -> {name: loss}, mean over the parts of the batch. Returns {name:
-    mean}."""
+    """Add up the gradients of losses_of(part) -> {name: loss}, mean over the batch's parts. Returns {name: mean}."""
     means = {}
     for part in parts:
         with args.arithmetic.passes():
