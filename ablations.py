@@ -20,7 +20,7 @@ import weights
 from cache import effective_nfe
 from commandline import UserError
 from networks import Arithmetic
-from pictures import contact_sheet, write_picture
+from pictures import contact_sheet, figure_for, write_picture
 from pipeline import DTYPES, TINY, is_finished, open_sampler
 from prompts import sheet_prompts
 
@@ -286,20 +286,14 @@ def sheet(name, args, rows=6):
 
 def plot(name, seeds, out):
     """Adherence, coverage and Fréchet distance along an ablation's axis, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure  # an extra: the tables say the same
-    except ImportError:
-        return
     ablation, measures = ABLATIONS[name], {"adherence": ADHERENCE, "coverage": COVERAGE, "Fréchet distance": DISTANCE}
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    for axes, (label, measure) in zip(figure.subplots(1, len(measures)), measures.items()):
-        for curve, points in ablation.curves.items():
-            means, errors = zip(*(spread(*numbers(out, ablation.arms[arm], seeds, measure)) for arm in points))
-            axes.errorbar(points.values(), means, errors, fmt="o", capsize=3, label=curve)
-            for arm, x, mean in zip(points, points.values(), means):
-                axes.annotate(arm, (x, mean), (4, 3), textcoords="offset points", fontsize=6)
-        axes.set(xlabel=ablation.axis, ylabel=label)
-        axes.grid(alpha=0.3)
-    axes.legend()
-    with weights.replacing(out / f"{name}-curve.png") as part:
-        figure.savefig(part, format="png", dpi=110)
+    with figure_for(out / f"{name}-curve.png", size=(12, 3.5)) as figure:
+        for axes, (label, measure) in zip(figure.subplots(1, len(measures)) if figure else (), measures.items()):
+            for curve, points in ablation.curves.items():
+                means, errors = zip(*(spread(*numbers(out, ablation.arms[arm], seeds, measure)) for arm in points))
+                axes.errorbar(points.values(), means, errors, fmt="o", capsize=3, label=curve)
+                for arm, x, mean in zip(points, points.values(), means):
+                    axes.annotate(arm, (x, mean), (4, 3), textcoords="offset points", fontsize=6)
+            axes.set(xlabel=ablation.axis, ylabel=label)
+            axes.grid(alpha=0.3)
+            axes.legend()

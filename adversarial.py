@@ -38,23 +38,23 @@ def generator_turns(updates, alone, ratio):
     return max(0, -(-(updates - alone) // (1 + ratio)))
 
 
-def generator_losses(student, cache, noise, nodes, cond, decode, discriminator=None, original=None, output_weight=0.0,
+def generator_losses(student, cache, noise, nodes, cond, decode, discriminator=None, output_weight=0.0,
                      feature_weight=0.0):
     """The generator's turn (Sec. 3.3): its image is to convince -> {name: loss}, for the terms that are wanted.
 
     student, cache           trained: all weights but the cached blocks', and the compensator (Cache, or None)
     noise, nodes, cond       (B, C, H, W); σ_0 … σ_n; (context, pooled)
     decode                   latents -> images (B, 3, H, W) in [-1, 1], with gradient: the frozen autoencoder's
-    discriminator            images -> logits, one tensor a level; None: no adversarial loss, the paper's choice
-    original                 the student as Stage I left it; None: no distillation, which Fig. 13 compares with
+    discriminator            images -> logits, one tensor a level; None: no adversarial loss
+    …_weight                 of the two distillation terms that Fig. 13 compares with; 0, the paper's choice: none
     """
-    latents, later_steps = refine(student, cache, noise, nodes, cond, original)
+    latents, later_steps = refine(student, cache, noise, nodes, cond, distil=output_weight > 0 or feature_weight > 0)
     losses = {}
     if discriminator is not None:
         losses["adversarial"] = multilevel_loss(discriminator(decode(latents)), REAL_LABEL)
-    if original is not None and output_weight:
+    if output_weight:
         losses["output"] = output_weight * output_distillation(later_steps)
-    if original is not None and feature_weight and cache is not None:
+    if feature_weight:
         losses["feature"] = feature_weight * feature_distillation(later_steps)
     return losses
 
@@ -63,13 +63,15 @@ def discriminator_loss(student, cache, noise, nodes, cond, decode, discriminator
     """The discriminator's turn (Sec. 3.3): real images to the label 0.8, the student's to 0.
 
     reference(noise, cond) -> latents: a slower generator's sample of the same noise and prompt. The rest as above.
+    -> {"discriminator": its loss, "told apart": how well it does, without gradient}
     """
     with torch.no_grad():
         fake = decode(refine(student, cache, noise, nodes, cond)[0])
         real = decode(reference(noise, cond))
     logits = discriminator(torch.cat([real, fake]))
-    return (multilevel_loss([level[:len(real)] for level in logits], REAL_LABEL)
-            + multilevel_loss([level[len(real):] for level in logits], 0.0))
+    of_real, of_fake = [level[:len(real)] for level in logits], [level[len(real):] for level in logits]
+    return {"discriminator": multilevel_loss(of_real, REAL_LABEL) + multilevel_loss(of_fake, 0.0),
+            "told apart": told_apart(of_real, of_fake)}
 
 
 # ------------------------------------------------------------------------------------- the student's own sampling
@@ -78,30 +80,29 @@ class LaterStep(NamedTuple):
     """What a step after the first gave, with gradient, and what the whole of that step gives, without."""
 
     velocity: torch.Tensor          # (B, C, H, W)
-    correction: tuple               # Δ̃1 = f(Δ0): (B, N, width), (B, L, width); None without a cache, and so
+    correction: tuple               # Δ̃1 = f(Δ0): (B, N, width), (B, L, width)
     full_velocity: torch.Tensor
     full_residual: tuple            # Δ1
 
 
-def refine(student, cache, noise, nodes, cond, original=None):
+def refine(student, cache, noise, nodes, cond, distil=False):
     """The student's sample as it draws it (Sec. 3.3), with gradient through every step but the first.
 
     The first step runs all blocks and fills the cache; the steps after it use it (cache.CachedSteps). With two steps
     this is the paper's; with more, the gradient also runs from each cached step into the one before.
 
-    original    the student as Stage I left it, to distil from (Fig. 13): it runs the whole of every later step, from
-                the same state. The paper does not say whose full step it takes (the released code: the current
-                student's); one that does not move keeps the student in place.
-    -> x_0 (B, C, H, W), and a LaterStep for each step after the first, none without `original`.
+    distil      whether the student also runs the whole of every later step, from the same state and without gradient,
+                to learn from (Fig. 13). The paper does not say whose step that is; the released code: its own.
+    -> x_0 (B, C, H, W), and a LaterStep for each step after the first, none unless they are to `distil`.
     """
     x, model, later_steps = noise, CachedSteps(student, cache), []
     for k, (sigma, sigma_next) in enumerate(zip(nodes[:-1], nodes[1:])):
         level = sigma.expand(len(x))
         with torch.set_grad_enabled(torch.is_grad_enabled() and k > 0):
             velocity = model(x, level, *cond)
-        if original is not None and k > 0:
+        if distil and k > 0:
             with torch.no_grad():
-                full = original(x, level, *cond, cache.blocks) if cache else (original(x, level, *cond), None)
+                full = student(x, level, *cond, cache.blocks)
             later_steps.append(LaterStep(velocity, model.correction, *full))
         x = flow.euler_step(x, velocity, sigma, sigma_next)
     return x, later_steps
@@ -117,6 +118,14 @@ def multilevel_loss(logits, label):
     """
     return sum(F.binary_cross_entropy_with_logits(level.float(), torch.full_like(level, label, dtype=torch.float32))
                for level in logits)
+
+
+@torch.no_grad()
+def told_apart(of_real, of_fake):
+    """Share of all pairs of a real and a student's image that the logits tell apart, mean over levels. Blind: 0.5."""
+    shares = [(real.flatten(1).mean(1)[:, None] > fake.flatten(1).mean(1)).float().mean()
+              for real, fake in zip(of_real, of_fake, strict=True)]
+    return torch.stack(shares).mean()
 
 
 def output_distillation(later_steps):
@@ -143,7 +152,9 @@ class Discriminator(nn.Module):
         self.backbone, self.heads = backbone, Heads(backbone.widths)
 
     def forward(self, images):
-        return self.heads(*self.backbone(images))
+        maps, embedding = self.backbone(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.heads([m.float() for m in maps], embedding.float())
 
 
 class Heads(nn.Module):
@@ -157,7 +168,7 @@ class Heads(nn.Module):
         super().__init__()
         *maps, embedding = widths
         self.maps = nn.ModuleList(nn.Sequential(
-            BlurPool(), spectral_norm(nn.Conv2d(width, hidden, 3, stride=2, padding=1)), nn.LeakyReLU(0.2),
+            BlurPool(rim=1), spectral_norm(nn.Conv2d(width, hidden, 3, stride=2)), nn.LeakyReLU(0.2),
             BlurPool(), spectral_norm(nn.Conv2d(hidden, 1, 1, stride=2))) for width in maps)
         self.embedding = nn.Sequential(spectral_norm(nn.Linear(embedding, hidden)), nn.LeakyReLU(0.2),
                                        spectral_norm(nn.Linear(hidden, 1)))
@@ -168,15 +179,20 @@ class Heads(nn.Module):
 
 
 class BlurPool(nn.Module):
-    """A blur before a stride, against aliasing (Zhang 2019): the outer product of (1, 2, 1) / 4, which is our choice.
+    """A blur before a stride, against aliasing (Zhang 2019): the outer product of (1, 3, 3, 1) / 8, padded with zeros.
 
-    The stride is that of the convolution behind it.
+    The stride is that of the convolution behind it, which has no padding: `rim` more pixels on each side are for that.
     """
 
+    def __init__(self, rim=0):
+        super().__init__()
+        self.rim = rim
+
     def forward(self, x):
-        row = x.new_tensor([0.25, 0.5, 0.25])
-        kernel = (row[:, None] * row).expand(x.shape[1], 1, 3, 3)
-        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), kernel, groups=x.shape[1])  # of the same size
+        row = x.new_tensor([1, 3, 3, 1]) / 8
+        kernel = (row[:, None] * row).expand(x.shape[1], 1, 4, 4)
+        before, after = 1 + self.rim, 2 + self.rim
+        return F.conv2d(F.pad(x, (before, after, before, after)), kernel, groups=x.shape[1])
 
 
 class ConvNeXt(nn.Module):
@@ -197,8 +213,7 @@ class ConvNeXt(nn.Module):
 
     def forward(self, images):
         """images (B, 3, H, W) in [-1, 1] -> maps of three stages, of sides H/4, H/8, H/16; the embedding (B, D)."""
-        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        x = self.trunk["stem"]((images / 2 + 0.5 - mean) / std)                         # (B, widths[0], H/4, W/4)
+        x = self.trunk["stem"](normalise(images))                                       # (B, widths[0], H/4, W/4)
         maps = []
         for stage in self.trunk["stages"]:
             x = stage(x, self.recompute and torch.is_grad_enabled())                    # (B, widths[i], H/4/2^i, …)
@@ -247,6 +262,12 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def normalise(images):
+    """Images in [-1, 1] as CLIP's networks take them."""
+    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    return (images / 2 + 0.5 - mean) / std
 
 
 NORM_EPS = 1e-5

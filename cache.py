@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import flow
 import weights
 
 
@@ -85,6 +86,23 @@ class CachedSteps:
         if self.correction is None:  # not in the first call, which training makes without gradient
             self.correction = f(*self.residual) if f is not None else self.residual
         return self.model(x, sigma, context, pooled, blocks, self.correction)
+
+
+@torch.no_grad()
+def reuse_errors(model, noise, nodes, cond):
+    """How much each block's residual changes from the first step to the second (Fig. 5a): what re-using it would get
+    wrong, the root mean square over tokens and channels. A range is chosen where both streams change little.
+
+    noise (B, C, H, W), nodes σ_0, σ_1, …, cond = (context, pooled) -> (blocks, 2): of the image and the text stream
+    """
+    velocity = model(noise, nodes[0].expand(len(noise)), *cond)
+    x = flow.euler_step(noise, velocity, nodes[0], nodes[1])
+    errors = []
+    for block in range(len(model.joint_blocks)):
+        first, second = (model(state, sigma.expand(len(noise)), *cond, (block, block))[1]
+                         for state, sigma in ((noise, nodes[0]), (x, nodes[1])))
+        errors.append([(b - a).square().mean().sqrt() for a, b in zip(first, second, strict=True)])
+    return torch.tensor(errors)
 
 
 # ---------------------------------------------------------------------------------------------------------- costs

@@ -2,6 +2,7 @@
 
     python evaluate.py quality runs/stage2 runs/stage1 tiny-sd3@steps=4,guidance=2
     python evaluate.py speed
+    python evaluate.py reuse runs/stage1
     python evaluate.py ablate
 
 A model is a file, a folder or a Hugging Face id; PATH@steps=4,guidance=2,shift=3,cache=1-4 says how it is sampled.
@@ -17,8 +18,10 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import ablations
+import cache
 import commandline
 import costs
+import flow
 import metrics
 import report
 import scores
@@ -26,7 +29,7 @@ import shapes
 import weights
 from commandline import CommandLine, UserError
 from networks import fast_bf16
-from pictures import picture_bytes, to_picture, write_picture
+from pictures import figure_for, picture_bytes, to_picture, write_picture
 from pipeline import DTYPES, TINY, open_sampler, split_model
 from prompts import read_prompts
 
@@ -63,6 +66,10 @@ def main():
     two.add_argument("--depth", type=commandline.count, help="so many blocks of it, for a small machine")
     two.add_argument("--size", type=commandline.image_size, help="H or HxW in pixels (default: the model's own)")
     two.add_argument("--batch", type=commandline.count, default=32, help="at which the throughput is measured")
+
+    four = add_command(commands, reuse, "how much each block changes from the first step to the second (Fig. 5a)")
+    four.add_argument("model", nargs="?", default=str(TINY), metavar="MODEL", help="a student (default: the tiny SD3)")
+    four.add_argument("--prompts", help="a file (default: captions of the tiny world)")
 
     three = add_command(commands, ablate, "re-run the paper's ablations in the tiny world")
     three.add_argument("--only", action="append", choices=ablations.ABLATIONS, help="may be given several times")
@@ -297,6 +304,35 @@ def table(results):
 def notes(results):
     names = {name for groups in results.values() for values in groups.values() for name in values}
     return "".join(f"{text}\n\n" for name, text in NOTES.items() if name in names)
+
+
+# ------------------------------------------------------------------------------------------------------ re-use error
+
+def reuse(args, n=64):
+    """The reuse error of every block for both streams, as a table and, where matplotlib is installed, as a plot."""
+    pipeline, options = open_sampler(args.model, args.device, DTYPES[args.dtype])
+    prompts = read_prompts(args.prompts)[:n] if args.prompts else \
+        shapes.draw_captions(n, torch.Generator().manual_seed(0))[0]
+    nodes = pipeline.sigmas(options.get("steps"), options.get("shift"))
+    if len(nodes) > 9:  # a teacher's: those of a student of two steps
+        nodes = flow.student_sigmas(2, pipeline.shift)
+    sums, batch = 0, pipeline.batch()
+    for i in range(0, len(prompts), batch):
+        some = prompts[i:i + batch]
+        noise = flow.initial_noise(pipeline.latent_shape(), range(i, i + len(some))).to(pipeline.device)
+        sums = sums + len(some) * cache.reuse_errors(pipeline.mmdit, noise, nodes, pipeline.text(some)).square()
+    errors = (sums / len(prompts)).sqrt()                                               # (blocks, 2)
+    rows = [f"| {block} | {image:.3f} | {text:.3f} |" for block, (image, text) in enumerate(errors.tolist())]
+    table = "\n".join(["| block | image | text |", "|---|---|---|", *rows])
+    levels = f"from σ = {nodes[0]:.3g} to {nodes[1]:.3g}"
+    weights.write_text(args.out / "reuse.md", f"{args.model}, {levels}, {len(prompts)} prompts\n\n{table}\n")
+    print(f"{table}\n\n{levels}; the last block leaves the text as it is")
+    with figure_for(args.out / "reuse.png", size=(6, 3)) as figure:
+        if figure:
+            axes = figure.subplots()
+            axes.plot(errors, marker="o", label=("image", "text"))
+            axes.set(xlabel="block", ylabel="reuse error", yscale="log")
+            axes.legend()
 
 
 # --------------------------------------------------------------------------------------------------------- ablations

@@ -1,5 +1,7 @@
 """Images as tensors, pictures as files: one at a time, or many on a contact sheet."""
 
+import contextlib
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -53,6 +55,20 @@ def write_images(images, out, jobs, columns):
         rows = [prompt for prompt, _ in jobs[::columns]]
         headings = [f"seed {seed}" for _, seed in jobs[:columns]]
         yield write_picture(contact_sheet(images, rows, headings), out if single else out / "sheet.png")
+
+
+@contextlib.contextmanager
+def figure_for(path, size):
+    """A matplotlib figure that is written to `path` afterwards; None where matplotlib, an extra, is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        yield None
+        return
+    figure = Figure(figsize=size, layout="constrained")
+    yield figure
+    with weights.replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
 
 
 def write_picture(picture, path):

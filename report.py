@@ -92,8 +92,7 @@ class Reconstruction(NamedTuple):
 
     @torch.no_grad()
     def images(self, prompts, seeds):
-        scenes = shapes.render(*shapes.true_scenes(prompts, seeds)).to(self.vae.decoder.conv_in.weight.device)
-        decoded = (self.vae.decode(self.vae.encode(part)) for part in scenes.split(64))
+        decoded = (self.vae.decode(part) for part in shapes.true_latents(self.vae, prompts, seeds).split(64))
         return torch.cat([part.float().clamp(-1, 1).cpu() for part in decoded])
 
 

@@ -351,6 +351,13 @@ def true_scenes(prompts, seeds):
     return labels, jitter
 
 
+@torch.no_grad()
+def true_latents(vae, prompts, seeds, *_):
+    """The latents of true scenes that prompts describe: what a perfect generator's would be."""
+    scenes = render(*true_scenes(prompts, seeds)).to(vae.encoder.conv_in.weight.device)
+    return torch.cat([vae.encode(part) for part in scenes.split(64)])
+
+
 def adherence(seen, labels, named):
     """Share of right values among those that the prompts name, by attribute. seen, labels, named (N, 6) -> (6,)."""
     right = (seen == labels) & named

@@ -21,7 +21,7 @@ import flow
 import report
 import shapes
 import weights
-from adversarial import ConvNeXt, save_backbone
+from adversarial import ConvNeXt, normalise, save_backbone
 from commandline import UserError
 from mmdit import MMDiT
 from pipeline import TINY, Pipeline, Sampler, save_pipeline
@@ -31,11 +31,14 @@ from vae import VAE, ResBlock
 
 CLIP_WIDTH, T5_WIDTH = 64, 128
 WIDTH, DEPTH, POS_MAX = 128, 12, 16   # of the MMDiT; images up to 256×256
-VAE_WIDTHS, VAE_LAYERS, VAE_GROUPS = (16, 64, 96, 96), 1, 8   # wide where it is cheap, narrow at full resolution
+LATENT_NOISE = 0.05
+LATENT_CHANNELS = 8   # half of SD3's: what the teacher must carry through a width of 128 is half as much
+VAE_WIDTHS, VAE_LAYERS, VAE_GROUPS = (16, 32, 96, 128), 1, 8   # wide where it is cheap, narrow at full resolution
 BACKBONE_DEPTHS, BACKBONE_WIDTHS, BACKBONE_EMBEDDING = (1, 1, 2, 1), (48, 96, 128, 160), 64
+BACKBONE_SCALE = 5   # of its maps, which are white but for it
 SHIFT = 3.0
 POOL = 65_536            # scenes whose latents the teacher is trained on; their captions are drawn afresh each time
-ITERATIONS = {"text": 400, "recogniser": 800, "backbone": 1200, "vae": 2400, "teacher": 12_000}
+ITERATIONS = {"text": 400, "recogniser": 800, "backbone": 1000, "vae": 1500, "decoder": 4000, "teacher": 8000}
 AVERAGE = 0.999          # of the moving average of the weights
 GUIDANCES = (1, 2, 3, 4, 5)              # tried for the teacher
 STUDENT_STEPS, STUDENT_GUIDANCE = (1, 2, 4, 8), 7   # what students are distilled to, and from
@@ -46,7 +49,7 @@ STUDENT_STEPS, STUDENT_GUIDANCE = (1, 2, 4, 8), 7   # what students are distille
 def make(folder, seed, arithmetic, train_part):
     """Make a tiny SD3 in `folder`, part by part; what is finished there is not made again.
 
-    train_part(name, networks, optimizer, iterate, iterations) is the training loop; iterate(step) makes one iteration.
+    train_part(name, networks, optimizers, iterate, iterations) is the training loop; iterate(step) makes one iteration.
     Raises UserError where the folder holds a whole one.
     """
     if shapes.measures_file(folder).exists():
@@ -54,13 +57,15 @@ def make(folder, seed, arithmetic, train_part):
     part = partial(make_part, folder, arithmetic, train_part)
     text = part("text", TinyText, text_loss, 2e-3, seed).encoders
     recogniser = part("recogniser", shapes.Recogniser, recogniser_loss, 1e-3, seed)
-    backbone = part("backbone", TinyBackbone, backbone_loss, 2e-3, seed + 1000).backbone
+    backbone = amplify(part("backbone", TinyBackbone, backbone_loss, 1e-3, seed + 1000).backbone, BACKBONE_SCALE)
     vae = part("vae", new_vae, vae_loss, 2e-3, seed)
     with arithmetic.passes():
+        latents, _ = encode_pool(vae, 2048, seed + 2)
+    whiten(vae, latents)
+    vae = part("decoder", partial(decoder_of, vae), vae_loss, 2e-3, seed + 3)
+    with arithmetic.passes():
         latents, labels = encode_pool(vae, POOL, seed + 1)
-    vae.shift, vae.scale = latents.mean().item(), 1 / latents.std().item()
-    latents = (latents - vae.shift) * vae.scale
-    mmdit = part("teacher", new_mmdit, partial(teacher_loss, text, latents, labels), 1e-3, seed)
+    mmdit = part("teacher", new_mmdit, partial(teacher_loss, text, latents, labels), 1e-3, seed, muon=5e-3)
     mmdit.metadata["sample_size"] = shapes.SIZE // vae.factor
 
     weights.write_safetensors(shapes.recogniser_file(folder), recogniser.state_dict())
@@ -77,31 +82,43 @@ def make(folder, seed, arithmetic, train_part):
     print(f"{report.table(measured)}\n\ntiny SD3: {folder}, best guidance w = {best}")
 
 
-def make_part(folder, arithmetic, train_part, name, build, loss, rate, seed):
-    """Train one network by one loss: AdamW, a short warm-up, then a cosine down to 0. Returns its moving average."""
+def make_part(folder, arithmetic, train_part, name, build, loss, rate, seed, muon=None):
+    """Train one network by one loss: AdamW, a short warm-up, then a cosine down to 0. Returns its moving average.
+
+    muon: the rate of the matrices of the MMDiT's blocks, which Muon (Jordan et al. 2024) moves in AdamW's place; a
+    transformer needs two thirds of the updates then.
+    """
     torch.manual_seed(seed)  # for the initial weights alone
     network = build().to(arithmetic.device)
     file = folder / "parts" / f"{name}.safetensors"
     if file.exists():
         return weights.load_plain(network, file).requires_grad_(False).eval()
     averaged, iterations = copy.deepcopy(network), ITERATIONS[name]
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    learning = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    parameters = list(learning.values())
+    matrices = [p for name, p in learning.items() if muon and "joint_blocks" in name and p.ndim == 2]
+    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    optimizers, rates = {"adamw": torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)}, [rate]
+    if muon:
+        optimizers["muon"] = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        rates.append(muon)
 
     def iterate(step):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / iterations))
+        for optimizer, peak in zip(optimizers.values(), rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / iterations))
         with arithmetic.passes():
             value = loss(network, seeded(seed, step))
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad()
         average = get_ema_multi_avg_fn(min(AVERAGE, (1 + step) / (10 + step)))
         average(list(averaged.parameters()), list(network.parameters()), step)
         return {"loss": value.detach(), "norm": norm}
 
-    train_part(name, {"network": network, "averaged": averaged}, optimizer, iterate, iterations)
+    train_part(name, {"network": network, "averaged": averaged}, optimizers, iterate, iterations)
     weights.write_safetensors(file, {n: t.detach().cpu().clone() for n, t in averaged.state_dict().items()})
     return averaged.requires_grad_(False).eval()
 
@@ -133,7 +150,7 @@ def new_text_encoders():
 
 def new_vae():
     """An untrained autoencoder. Its residual branches start at zero and its posterior narrow: it learns faster."""
-    vae = VAE(widths=VAE_WIDTHS, layers=VAE_LAYERS, groups=VAE_GROUPS, scale=1.0, shift=0.0)
+    vae = VAE(VAE_WIDTHS, VAE_LAYERS, LATENT_CHANNELS, VAE_GROUPS, scale=1.0, shift=0.0)
     for module in vae.modules():
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.conv2.weight)
@@ -141,10 +158,39 @@ def new_vae():
     return vae
 
 
+@torch.no_grad()
+def whiten(vae, latents):
+    """Turn and stretch the latents' channels so that they are uncorrelated, of mean 0 and variance 1.
+
+    Left alone, one direction (how bright a place is) has nine tenths of the variance, and edges drown in little noise.
+    latents (N, C, h, w), of this autoencoder. The map goes into the encoder's last layer, its inverse into the
+    decoder's first; that one's padding now means something else, which training the decoder mends. The posterior's
+    deviation becomes LATENT_NOISE everywhere: the decoder learns to bear a generator's small faults.
+    """
+    mean = latents.mean(dim=(0, 2, 3))                                                  # (C,)
+    cells = (latents.movedim(1, -1) - mean).flatten(0, 2)                               # (N h w, C)
+    variances, directions = torch.linalg.eigh(cells.T @ cells / len(cells))
+    forth = directions @ torch.diag(variances.rsqrt()) @ directions.T                   # (C, C), symmetric
+    back = directions @ torch.diag(variances.sqrt()) @ directions.T
+    out, into = vae.encoder.conv_out, vae.decoder.conv_in
+    out.weight[:vae.channels] = torch.einsum("ij,jkyx->ikyx", forth, out.weight[:vae.channels])
+    out.bias[:vae.channels] = forth @ (out.bias[:vae.channels] - mean)
+    into.bias += into.weight.sum(dim=(2, 3)) @ mean
+    into.weight.copy_(torch.einsum("kjyx,ji->kiyx", into.weight, back))
+    out.weight[vae.channels:], out.bias[vae.channels:] = 0, 2 * math.log(LATENT_NOISE)
+
+
+def decoder_of(vae):
+    """The autoencoder once its latents are settled: from here on only the decoder learns."""
+    vae.encoder.requires_grad_(False)
+    vae.decoder.requires_grad_(True)
+    return vae.train()
+
+
 def new_mmdit():
     """An untrained MMDiT of SD3-Medium's kind, without QK norm. Its blocks start as identities (Peebles & Xie 2023)."""
     model = MMDiT(depth=DEPTH, width=WIDTH, heads=WIDTH // 64, context_dim=T5_WIDTH, pooled_dim=2 * CLIP_WIDTH,
-                  pos_max=POS_MAX)
+                  pos_max=POS_MAX, channels=LATENT_CHANNELS)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and name != "pos_embed":
             nn.init.xavier_uniform_(parameter.flatten(1))
@@ -208,10 +254,11 @@ def roughen(images, most, generator):
 
 
 class TinyBackbone(nn.Module):
-    """The discriminator's ConvNeXt, with linear probes that go later.
+    """The discriminator's ConvNeXt, with linear probes that go later; it never meets the recogniser.
 
-    On the embedding they read each attribute, on the third feature map what no caption tells. It never meets the
-    recogniser: its scenes, weights and layers are others.
+    The embedding is read for each attribute, the third feature map for what no caption tells, and every map, place by
+    place, for how much an image is damaged there in three bands of frequency. The stem is not learned: its 48 kernels
+    are the 16 waves of a 4×4 patch in 3 colours, each scaled to unit variance over renders.
     """
 
     def __init__(self):
@@ -219,16 +266,84 @@ class TinyBackbone(nn.Module):
         self.backbone = ConvNeXt(BACKBONE_DEPTHS, BACKBONE_WIDTHS, BACKBONE_EMBEDDING)
         self.probes = nn.ModuleList(nn.Linear(BACKBONE_EMBEDDING, k) for k in shapes.CHOICES)
         self.jitter = nn.Linear(BACKBONE_WIDTHS[2], 3)
+        self.damage = nn.ModuleList(nn.Conv2d(width, 3, 1) for width in BACKBONE_WIDTHS[:3])
+        stem = self.backbone.trunk["stem"][0].requires_grad_(False)
+        u = math.pi / 4 * torch.outer(torch.arange(4), torch.arange(4) + 0.5)           # (wave, pixel)
+        waves = torch.einsum("iy,jx->ijyx", u.cos(), u.cos()).flatten(0, 1)             # (16, 4, 4)
+        stem.weight.data = torch.einsum("kyx,oc->kocyx", waves, torch.eye(3)).flatten(0, 1).contiguous()
+        renders = shapes.render(*shapes.draw_scenes(256, torch.Generator().manual_seed(0)))
+        seen = F.conv2d(normalise(renders), stem.weight, stride=4)                      # (256, 48, 16, 16)
+        stem.weight.data /= seen.std(dim=(0, 2, 3))[:, None, None, None]
+        stem.bias.data = -seen.mean(dim=(0, 2, 3)) / seen.std(dim=(0, 2, 3))
 
 
-def backbone_loss(network, generator, batch=128):
-    """Cross-entropy of each attribute, and the squared error of position and radius, on fresh renders with noise."""
+def backbone_loss(network, generator, batch=64):
+    """What the probes read of damaged renders; and the maps are whitened: their covariance is pulled to the identity.
+
+    Whitened, because what differs from scene to scene (colour, place) would else drown what differs from a render to a
+    generated image, and heads under spectral norm cannot amplify it.
+    """
     labels, jitter = shapes.draw_scenes(batch, generator)
-    images = roughen(shapes.render(labels, jitter), 0.05, generator)
-    images, labels, jitter = (tensor.to(device_of(network)) for tensor in (images, labels, jitter))
+    renders = shapes.render(labels, jitter)
+    images = damage(renders, generator)
+    harm = [local_power(images - renders, side) for side in (16, 8, 4)]
+    images, labels, jitter, *harm = (t.to(device_of(network)) for t in (images, labels, jitter, *harm))
     maps, embedding = network.backbone(images)
     read = torch.stack([F.cross_entropy(probe(embedding), labels[:, i]) for i, probe in enumerate(network.probes)])
-    return read.mean() + F.mse_loss(network.jitter(maps[2].mean(dim=(2, 3))).float(), jitter)
+    placed = F.mse_loss(network.jitter(maps[2].mean(dim=(2, 3))).float(), jitter)
+    found = sum(F.mse_loss(probe(m).float(), h) for probe, m, h in zip(network.damage, maps, harm, strict=True))
+    return read.mean() + placed + found + sum(colouredness(m) for m in maps)
+
+
+def damage(images, generator):
+    """Faults as generators make them, each of a random strength: warped edges, places out of focus, spots, noise."""
+    def strength(most):
+        return most * ((torch.rand(len(images), 1, 1, 1, generator=generator) - 0.3) / 0.7).clamp(min=0)
+
+    def cloud(channels, side, noise=torch.randn):
+        return F.interpolate(noise(len(images), channels, side, side, generator=generator), shapes.SIZE, mode="bicubic")
+
+    still = F.affine_grid(torch.eye(2, 3).expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    warp = (strength(0.04) * cloud(2, 8)).movedim(1, -1)
+    images = F.grid_sample(images, still + warp, padding_mode="reflection", align_corners=False)
+    images = torch.lerp(images, blur(images, 5), strength(1.0) * cloud(1, 8).sigmoid())
+    for side in (8, 16, 32):
+        images = images + strength(0.2) * cloud(3, side) * cloud(1, 8, torch.rand).clamp(0, 1) ** 3
+    return roughen(images, 0.05, generator)
+
+
+def local_power(error, side):
+    """Power of an error (B, 3, 64, 64) in three bands, from fine to coarse, in decades, at each of side² places."""
+    fine, coarse = blur(error, 3), blur(blur(error, 3), 7)
+    bands = torch.stack([error - fine, fine - coarse, coarse], dim=1).square().mean(2)  # (B, 3, 64, 64)
+    return (F.adaptive_avg_pool2d(bands, side) + 1e-4).log10()
+
+
+def blur(images, size):
+    return F.avg_pool2d(F.pad(images, (size // 2,) * 4, mode="reflect"), size, stride=1)
+
+
+def colouredness(m):
+    """How far a map's (B, C, h, w) channels are from white: from mean 0 and the identity as covariance."""
+    cells = m.float().movedim(1, -1).flatten(0, 2)                                      # (B h w, C)
+    mean, covariance = cells.mean(0), torch.cov(cells.T, correction=0)
+    return ((covariance - torch.eye(len(mean), device=m.device)).square().sum() + mean.square().sum()) / len(mean)
+
+
+@torch.no_grad()
+def amplify(backbone, factor):
+    """Scale the three maps, exactly: what enters a stage and what its blocks add grow, what these see stays.
+
+    Norms stand before whatever comes next. So large, the maps suit heads under spectral norm, which cannot amplify.
+    """
+    for i, stage in enumerate(backbone.trunk["stages"][:3]):
+        entry = stage.downsample[1] if i else backbone.trunk["stem"][1]
+        entry.weight *= factor
+        entry.bias *= factor
+        for block in stage.blocks:
+            block.conv_dw.weight /= factor
+            block.gamma *= factor
+    return backbone
 
 
 def vae_loss(vae, generator, batch=16, kl_weight=1e-5):

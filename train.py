@@ -13,6 +13,7 @@ stages share.
 import argparse
 import hashlib
 import json
+import math
 import time
 from dataclasses import replace
 from functools import partial
@@ -70,7 +71,8 @@ STAGE2 = {
     **BOTH,
     "steps": (None, [2, 4, 8], "n; default: as many as the student has"),
     "student": (None, str, "to start from; default: this preset's Stage I run"),
-    "reference": (None, str, "makes the real images; default: this preset's 4-step run, else the teacher"),
+    "reference": (None, str, "makes the real images; default: this preset's 4-step run, else the teacher; truth: "
+                  "true scenes (tiny world)"),
     "backbone": ("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup", str, "the discriminator's ConvNeXt"),
     "cache": ((2, 9), commandline.blocks, "A-B: blocks, from 0, that only the first step runs (Fig. 12); or none"),
     "objective": ("adv", ["adv", "adv+kd", "kd"], "adversarial, distillation of the full step, or both (Fig. 13)"),
@@ -101,6 +103,7 @@ PRESETS = {  # what differs from these defaults; the number of cached blocks is 
     "sd3.5-medium": {"model": "stabilityai/stable-diffusion-3.5-medium"},
     "sd3.5-large": {"model": "stabilityai/stable-diffusion-3.5-large", 2: {"cache": (3, 12)}},
 }
+TRUTH = "truth"             # the --reference that draws true scenes
 SAVES_MEMORY = ("at_once", "recompute", "offload")  # and changes nothing
 LORA_RATE = 3               # Stage I: how much faster adapters learn than all weights do, unless rates are given
 LOG_EVERY, SHEET_EVERY, SAVE_SECONDS = 10, 100, 60
@@ -195,7 +198,9 @@ def stage1(args):
         losses = accumulate(args, lambda part: {"fake": next(part)}, parts)
         descend(optimizers["fake_adamw"], args.fake_clip, args.offload)
         losses |= accumulate(args, lambda part: {"student": next(part)}, parts)
-        return {**losses, "norm": descend(optimizers["student_adamw"], args.student_clip, args.offload)}
+        guided = (batch.student.sigma <= args.alpha).float().mean()  # of the samples of this iteration
+        return {**losses, "norm": descend(optimizers["student_adamw"], args.student_clip, args.offload),
+                "guided": guided}
 
     samplers = {
         "student": Sampler(replace(teacher, mmdit=student), {"sigmas": windows.nodes, "guidance": 1.0}),
@@ -215,7 +220,7 @@ def stage2(args):
     prompts, text = open_prompts(args)
     frozen, (student,), (learned,) = open_networks(args.student, 1, args.arithmetic, args.lora, False, args.seed)
     original = replace(load_pipeline(args.student, args.device, mmdit=frozen, text=text), cache=None)
-    reference = load_reference(args, original)
+    reference = None if args.reference == TRUTH else load_reference(args, original)
     nodes, uncond = original.sigmas(args.steps), text([""])
     torch.manual_seed(args.seed)  # for the initial weights alone
     cache = new_cache(args.cache, frozen.pos_embed.shape[2], args.device) if args.cache else None
@@ -231,6 +236,7 @@ def stage2(args):
     if discriminator:
         learning["heads"], heads = discriminator.heads, [(discriminator.heads, args.discriminator_lr)]
         optimizers["discriminator_adamw"] = adamw(heads, args.betas, args.weight_decay)
+    distillation = (args.output_weight, args.feature_weight) if "kd" in args.objective else (0, 0)
     turns = (args.alone, args.turns) if discriminator else (0, 0)  # without one, every update is the generator's
 
     def iterate(step):
@@ -238,27 +244,29 @@ def stage2(args):
         generator = seeded(args.seed, step)
         words = draw_prompts(prompts, args.batch, generator)
         noise = torch.randn(args.batch, *original.latent_shape(), generator=generator)
+        scenes = torch.randint(2**31, (args.batch,), generator=generator).tolist()  # seeds, for --reference truth
         generators = adversarial.is_generator_turn(step, *turns)
         if discriminator:
-            discriminator.heads.requires_grad_(not generators).train()
+            discriminator.heads.requires_grad_(not generators).train(not generators)
 
         def turn(part):
-            inputs = student, cache, *part, original.vae.decode, discriminator
+            *inputs, real = part
+            inputs = student, cache, *inputs, original.vae.decode, discriminator
             if generators:
-                losses = adversarial.generator_losses(*inputs, original.mmdit if "kd" in args.objective else None,
-                                                      args.output_weight, args.feature_weight)
-            else:
-                real = partial(reference.sample, uncond=uncond)
-                losses = {"discriminator": adversarial.discriminator_loss(*inputs, real)}
-            if discriminator:
-                discriminator.heads.eval()  # spectral norm: one power iteration an update, not a micro-batch
+                return adversarial.generator_losses(*inputs, *distillation)
+            losses = adversarial.discriminator_loss(*inputs, real)
+            discriminator.heads.eval()  # spectral norm: one power iteration an update, not a micro-batch
             return losses
 
-        parts = [(parallel.to_device(noise[rows], args.device), nodes, text([words[row] for row in rows]))
-                 for rows, _ in micro_batches]
+        parts = []
+        for rows, _ in micro_batches:
+            some = [words[row] for row in rows]
+            real = partial(reference.sample, uncond=uncond) if reference else partial(
+                shapes.true_latents, original.vae, some, [scenes[row] for row in rows])
+            parts.append((parallel.to_device(noise[rows], args.device), nodes, text(some), real))
         losses = accumulate(args, turn, parts)
         if not generators:
-            descend(optimizers["discriminator_adamw"], args.student_clip, args.offload)
+            descend(optimizers["discriminator_adamw"], math.inf, args.offload)  # released: not clipped
             return losses
         if cache and adversarial.generator_turns(step, *turns) < args.warmup:
             for parameter in trainable(student):  # at rest; requires_grad stays, FSDP2 would not notice its change
@@ -271,7 +279,7 @@ def stage2(args):
     refined = replace(original, mmdit=student, cache=cache)
     plain = {"Stage I, plain re-use": Sampler(replace(original, cache=Cache(args.cache)), options)} if cache else {}
     samplers = {"Stage I student": Sampler(original, options), **plain, "student": Sampler(refined, options),
-                "reference": Sampler(reference, {})}
+                **({"reference": Sampler(reference, {})} if reference else {})}
     distil(args, Run(args, "stage 2", learning, optimizers), iterate, samplers, prompts, args.student)
     parallel.say(describe_cost(student, *original.latent_shape()[1:], uncond[0].shape[1], len(nodes) - 1, cache))
 
@@ -284,10 +292,13 @@ def check_stage2(args):
                         "--stage 1` (with the same --preset) first, or name one with --student")
     args.student = weights.find_model(args.student or runs["student"])
     by_default = runs["reference"] if is_finished(runs["reference"]) else args.model
-    args.reference = weights.find_model(args.reference or by_default)
+    if args.reference == TRUTH and not shapes.is_tiny_world(args.model):
+        raise UserError(f"--reference {TRUTH} is for the tiny world, where the truth is known; name a model")
+    if args.reference != TRUTH:
+        args.reference = weights.find_model(args.reference or by_default)
     shapes_of_model, _ = read_shapes(args.model)
     for path in (args.student, args.reference):
-        if read_shapes(path)[0] != shapes_of_model:
+        if path != TRUTH and read_shapes(path)[0] != shapes_of_model:
             raise UserError(f"{path}: of another architecture than {args.model}")
     nodes = read_shapes(args.student)[1].get("sigmas")
     if nodes is None:
@@ -297,8 +308,8 @@ def check_stage2(args):
         raise UserError("Stage II trains the steps after the first: it needs a student of at least 2 steps")
     depth = len({name.split(".")[1] for name in shapes_of_model if name.startswith("joint_blocks.")})
     check_blocks(args.cache, depth, args.steps)
-    if args.objective == "kd" and not args.cache:
-        raise UserError("--objective kd without a --cache would distil the student from itself")
+    if "kd" in args.objective and not args.cache:
+        raise UserError(f"--objective {args.objective} without a --cache would distil the student from itself")
 
 
 def load_reference(args, student):
@@ -322,8 +333,8 @@ def stage0(args):
     """The tiny SD3, made from nothing, part by part (tiny.py)."""
     if parallel.processes() > 1:
         raise UserError("stage 0 is for one process: python train.py --stage 0")
-    def train_part(name, networks, optimizer, iterate, iterations):
-        fit(args, Run(args, name, networks, {"adamw": optimizer}), iterate, iterations)
+    def train_part(name, networks, optimizers, iterate, iterations):
+        fit(args, Run(args, name, networks, optimizers), iterate, iterations)
 
     tiny.make(args.out, args.seed, args.arithmetic, train_part)
 
@@ -362,7 +373,7 @@ def recipe(args):
     if args.stage != 2 or not args.decay:
         table.pop("iterations", None)  # a run may be made longer, but where the rates depend on its length
     for name in ("model", "student", "reference", "backbone"):
-        if table.get(name):
+        if table.get(name) and table[name] != TRUTH:
             table[name] = weights.identity(table[name])
     if table.get("prompts"):
         table["prompts"] = hashlib.sha256("\n".join(read_prompts(args.prompts)).encode()).hexdigest()[:12]
@@ -396,13 +407,16 @@ def fit(args, run, iterate, iterations, sheet=None):
 
 
 def accumulate(args, losses_of, parts):
-    """Add up the gradients of losses_of(part) -> {name: loss}, mean over the batch's parts. Returns {name: mean}."""
+    """Add up the gradients of losses_of(part) -> {name: loss}, mean over the batch's parts. Returns {name: mean}.
+
+    What has no gradient is only reported.
+    """
     means = {}
     for part in parts:
         with args.arithmetic.passes():
             losses = losses_of(part)
         with args.arithmetic.backward():  # for blocks that run again
-            (sum(losses.values()) / len(parts)).backward()
+            (sum(loss for loss in losses.values() if loss.requires_grad) / len(parts)).backward()
         for name, value in losses.items():
             means[name] = means.get(name, 0) + value.detach() / len(parts)
     return means

@@ -31,8 +31,9 @@ def loop(name, networks, optimizer, iterate, iterations):
 @pytest.mark.parametrize("name, build, loss", [
     ("text", tiny.TinyText, partial(tiny.text_loss, batch=32)),
     ("recogniser", shapes.Recogniser, partial(tiny.recogniser_loss, batch=32)),
-    ("backbone", tiny.TinyBackbone, partial(tiny.backbone_loss, batch=32)),
+    ("backbone", tiny.TinyBackbone, partial(tiny.backbone_loss, batch=16)),
     ("vae", tiny.new_vae, partial(tiny.vae_loss, batch=2)),
+    ("decoder", lambda: tiny.decoder_of(tiny.new_vae()), partial(tiny.vae_loss, batch=2)),
     ("teacher", tiny.new_mmdit, None)])
 def test_every_loss_of_stage_0_falls(name, build, loss):
     """A few steps on the same draws: the loss has a gradient that helps."""
@@ -52,6 +53,56 @@ def test_every_loss_of_stage_0_falls(name, build, loss):
     assert values[-1] < values[0]
 
 
+@torch.no_grad()
+def test_whitening_turns_the_latents_white_and_decodes_them_as_before():
+    torch.manual_seed(0)
+    vae = tiny.new_vae()
+    images = shapes.render(*shapes.draw_scenes(64, torch.Generator().manual_seed(0)))
+    latents = vae.encode(images)
+    inside = vae.decoder.conv_in(latents)[..., 1:-1, 1:-1]  # at the rim, padding means something else afterwards
+    tiny.whiten(vae, latents)
+    white = vae.encode(images)
+    cells = white.movedim(1, -1).flatten(0, 2)
+    assert torch.allclose(torch.cov(cells.T), torch.eye(len(cells.T)), atol=0.01) and cells.mean(0).abs().max() < 1e-3
+    assert torch.allclose(vae.decoder.conv_in(white)[..., 1:-1, 1:-1], inside, atol=1e-3 * inside.abs().max())
+    assert vae.moments(images)[1].unique().item() == pytest.approx(2 * math.log(tiny.LATENT_NOISE))
+
+
+@torch.no_grad()
+def test_amplified_maps_are_so_many_times_as_large_and_the_embedding_stays():
+    torch.manual_seed(0)
+    backbone = tiny.TinyBackbone().backbone
+    images = shapes.render(*shapes.draw_scenes(4, torch.Generator().manual_seed(0)))
+    maps, embedding = backbone(images)
+    louder, same = tiny.amplify(backbone, 5)(images)
+    assert all(torch.allclose(5 * m, loud, atol=1e-3 * loud.abs().max()) for m, loud in zip(maps, louder, strict=True))
+    assert torch.allclose(embedding, same, atol=1e-4 * same.abs().max())
+
+
+@torch.no_grad()
+def test_the_backbones_stem_sees_every_wave_of_renders_at_the_same_scale():
+    stem = tiny.TinyBackbone().backbone.trunk["stem"][0]
+    renders = shapes.render(*shapes.draw_scenes(256, torch.Generator().manual_seed(1)))
+    seen = stem(tiny.normalise(renders))
+    assert ((seen.std(dim=(0, 2, 3)) - 1).abs() < 0.2).all() and not stem.weight.requires_grad
+    assert torch.linalg.matrix_rank(stem.weight.flatten(1)) == 48
+
+
+@torch.no_grad()
+def test_damage_is_seen_where_it_is_and_in_its_band():
+    images = torch.zeros(1, 3, 64, 64)
+    fine, coarse = images.clone(), images.clone()
+    fine[..., :16, :16] = torch.tensor([0.3, -0.3]).repeat(8)  # stripes of one pixel, in one corner
+    coarse[..., :16, :16] = 0.3
+    for error, band in ((fine, 0), (coarse, 2)):
+        power = tiny.local_power(error, 4)[0]                                           # (3, 4, 4)
+        assert power[:, 0, 0].argmax() == band and power[band, 0, 0] > -2
+        assert power[:, 2:, 2:].max() == pytest.approx(-4)
+    renders = shapes.render(*shapes.draw_scenes(32, torch.Generator().manual_seed(1)))
+    harm = (tiny.damage(renders, torch.Generator().manual_seed(0)) - renders).square().mean(dim=(1, 2, 3)).sqrt()
+    assert harm.min() < 0.03 and harm.max() > 0.1
+
+
 def make_part(folder, loss, iterations, monkeypatch, train_part=loop):
     monkeypatch.setitem(tiny.ITERATIONS, "part", iterations)
     return tiny.make_part(folder, FP32, train_part, "part", lambda: torch.nn.Linear(2, 1), loss, rate=0.1, seed=0)
@@ -60,11 +111,11 @@ def make_part(folder, loss, iterations, monkeypatch, train_part=loop):
 def test_a_part_is_trained_with_a_warm_up_and_a_cosine_and_averaged(tmp_path, monkeypatch):
     rates, networks = [], {}
 
-    def watched_loop(name, both, optimizer, iterate, iterations):
+    def watched_loop(name, both, optimizers, iterate, iterations):
         networks.update(both)
         for step in range(iterations):
             iterate(step)
-            rates.append(optimizer.param_groups[0]["lr"])
+            rates.append(optimizers["adamw"].param_groups[0]["lr"])
 
     def loss(network, generator):
         return network(torch.randn(4, 2, generator=generator)).square().mean()
@@ -97,7 +148,7 @@ def test_stage_0_leaves_a_pipeline_that_carries_its_best_guidance_and_its_measur
     train.main()
     made, known = load_pipeline(tmp_path), report.known_measures(tmp_path)
     assert made.guidance() == 3 and "best guidance w = 3" in capsys.readouterr().out
-    assert made.latent_shape() == (16, 8, 8) and made.vae.scale != 1 and made.shift == tiny.SHIFT
+    assert made.latent_shape() == (tiny.LATENT_CHANNELS, 8, 8) and made.shift == tiny.SHIFT
     assert len(known) == 6
     one_step = Sampler(made, {"sigmas": torch.tensor([1.0, 0.0]), "guidance": 7.0})  # the files hold what was measured
     brightness, _ = known[report.options_key(one_step)]["coverage"]["mean"]
