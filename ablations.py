@@ -49,26 +49,26 @@ class Ablation(NamedTuple):
     curves: dict = {}       # and {curve: {arm: x}}
 
 
-COVERAGE, ADHERENCE = ("coverage", "mean"), ("adherence", "mean")
-DISTANCE, TEXTURE = ("distribution", "Fréchet distance"), ("coverage", "texture")
+COVERAGE, ADHERENCE, FIDELITY = ("coverage", "mean"), ("adherence", "mean"), ("fidelity", "mean")
+DISTANCE = ("distribution", "Fréchet distance")
 COLUMNS = {
-    "adherence": ADHERENCE, "whole prompt": ("adherence", "whole prompt"), "coverage": COVERAGE, "of texture": TEXTURE,
+    "adherence": ADHERENCE, "whole prompt": ("adherence", "whole prompt"), "coverage": COVERAGE,
     "Fréchet distance": DISTANCE, **{name: ("distribution", name) for name in ("precision", "recall", "diversity")},
-    "fidelity": ("fidelity", "mean"), "clean": ("fidelity", "clean"), "16-32 cycles, dB": ("spectrum", "16-32 cycles")}
+    "fidelity": FIDELITY, "clean": ("fidelity", "clean"), "16-32 cycles, dB": ("spectrum", "16-32 cycles")}
 
 OURS, OURS4, STAGE2 = Arm("--stage 1"), Arm("--stage 1 --steps 4"), Arm("--stage 2")
 ALWAYS = Arm("--stage 1 --alpha 1")
 # the methods before ours, as settings of the same code: without gate and importance sampling; DMD also without windows
 TDM, TDM4 = (Arm(f"{arm.train} --alpha 1 --density uniform") for arm in (OURS, OURS4))
 DMD, DMD4 = (Arm(f"{arm.train} --windows whole") for arm in (TDM, TDM4))
-LONG = "--stage 2 --iterations 400 --batch 32"  # with a discriminator: as long as the default, which only distils
-ADVERSARIAL = f"{LONG} --objective adv --student-lr 2e-5 --compensator-lr 1e-3"
+SFD4 = Arm("--stage 2 --cache none", start=OURS4.train)  # both stages, no cache; its real images are the teacher's
+DISTILLED = {name: Arm(f"--stage 2 --objective {name} --student-lr 5e-4 --compensator-lr 2e-3")
+             for name in ("output+feature", "output", "feature")}
 RANGES = {"1-4": (1, 4), "4-7": (4, 7), "7-10": (7, 10), "1-7": (1, 7), "1-10": (1, 10)}
 PLAIN = {f"{blocks} plain": Arm(OURS.train, f"cache={blocks}") for blocks in RANGES}
-TRAINED = {f"{blocks} co-trained": Arm(f"--stage 2 --iterations 300 --cache {blocks}") for blocks in RANGES}
+TRAINED = {f"{blocks} co-trained": Arm(f"--stage 2 --cache {blocks}") for blocks in RANGES}
 # importance sampling is to make training faster: looked at while it is under way
 DENSITIES = {name: Arm(f"--stage 1 --iterations 60 --density {name}") for name in ("c", "a", "b", "d", "uniform")}
-SHORT = DENSITIES["c"]
 
 
 def evaluations(kind):
@@ -94,23 +94,27 @@ ABLATIONS = {
          Claim("ours at 1.67 is closer to the truth than TDM at 2", "ours, 1.67", "TDM, 2", DISTANCE, -1)]),
     "cache": Ablation(
         "Block cache (Fig. 11, Table 5)",
-        {"none": OURS, "plain re-use": Arm(OURS.train, "cache=1-4"), "compensated, co-trained": STAGE2},
+        {"none": OURS, "plain re-use": PLAIN["1-4 plain"], "compensated, co-trained": STAGE2},
         [Claim("plain re-use hurts adherence", "none", "plain re-use", ADHERENCE),
-         Claim("co-training wins adherence back", "compensated, co-trained", "plain re-use", ADHERENCE)]),
+         Claim("plain re-use hurts detail", "none", "plain re-use", FIDELITY, -1),
+         Claim("co-training wins adherence back", "compensated, co-trained", "plain re-use", ADHERENCE),
+         Claim("co-training wins detail back", "compensated, co-trained", "plain re-use", FIDELITY, -1)]),
+    "detail": Ablation(
+        "Stage II without a cache: what adversarial training adds to Stage I",
+        {"Stage I, 2": OURS, "Stages I and II, 2": Arm("--stage 2 --cache none"),
+         "the same, true scenes as real images": Arm("--stage 2 --cache none --reference truth"),
+         "Stage I, 4": OURS4, "Stages I and II (SFD), 4": SFD4},
+        [Claim("2 steps: Stage II adds detail to Stage I", "Stages I and II, 2", "Stage I, 2", FIDELITY, -1),
+         Claim("and with true scenes", "the same, true scenes as real images", "Stage I, 2", FIDELITY, -1),
+         Claim("4 steps: Stage II adds detail to Stage I", "Stages I and II (SFD), 4", "Stage I, 4", FIDELITY, -1)]),
     "objective": Ablation(
         "Objective of Stage II (Fig. 13)",
-        {"Stage I": OURS, "adversarial": Arm(ADVERSARIAL), "distillation": STAGE2,
-         "adversarial + distillation": Arm(f"{LONG} --objective adv+kd"),
-         "Stage I, 60 iterations": SHORT,
-         "adversarial after 60 iterations": Arm(ADVERSARIAL, start=SHORT.train)},
-        [Claim("Stage II adds detail to Stage I", "adversarial", "Stage I", TEXTURE),
-         Claim("adversarial alone is closer to the truth than distillation",
-               "adversarial", "distillation", DISTANCE, -1),
-         Claim("beside it, distillation keeps to the prompt", "adversarial + distillation", "adversarial", ADHERENCE),
-         Claim("after a short Stage I, Stage II comes closer to the truth",
-               "adversarial after 60 iterations", "Stage I, 60 iterations", DISTANCE, -1),
-         Claim("after a short Stage I, Stage II adds detail",
-               "adversarial after 60 iterations", "Stage I, 60 iterations", TEXTURE)]),
+        {"plain re-use": PLAIN["1-4 plain"], "adversarial": STAGE2,
+         "adversarial + output + feature": Arm("--stage 2 --objective adv+output+feature"),
+         **{f"{name}, distilled": arm for name, arm in DISTILLED.items()}},
+        [*(Claim(f"adversarial alone has more detail than {name} alone", "adversarial", f"{name}, distilled", FIDELITY,
+                 -1) for name in DISTILLED),
+         Claim("and than adversarial with both", "adversarial", "adversarial + output + feature", FIDELITY, -1)]),
     "alpha": Ablation(
         "Where the gate lies (Fig. 9)",
         {"α = 0.5": Arm("--stage 1 --alpha 0.5"), "α = 0.8": OURS,
@@ -168,8 +172,9 @@ def open_arm(arm, seed, args):
         return open_sampler(f"{TINY}@{arm.options}", args.device)
     settings, folder = settings_of(arm, seed, args), folder_of(arm, seed, args.out)
     if not is_finished(folder):
-        for before in (Arm(arm.start), OURS4) if settings.stage == 2 else ():
-            open_arm(before, seed, args)
+        for before in (Arm(arm.start), reference_of(arm)) if settings.stage == 2 else ():
+            if before:
+                open_arm(before, seed, args)
         {1: train.stage1, 2: train.stage2}[settings.stage](settings)
     if settings.stage == 2:
         train.check_stage2(settings)  # which fills in what the recipe names
@@ -180,15 +185,25 @@ def open_arm(arm, seed, args):
 
 
 def settings_of(arm, seed, args):
-    """The settings of an arm's training run, as train.main has them. Stage II's reference is our 4-step student."""
+    """The settings of an arm's training run, as train.main has them."""
     words = [*arm.train.split(), "--seed", str(seed), "--out", str(folder_of(arm, seed, args.out)), "--resume",
              "--device", str(args.device), "--dtype", args.dtype]
     if "--stage 2" in arm.train:
-        student, reference = (folder_of(before, seed, args.out) for before in (Arm(arm.start), OURS4))
-        words += ["--student", str(student), "--reference", str(reference)]
+        words += ["--student", str(folder_of(Arm(arm.start), seed, args.out))]
+        if "--reference" not in arm.train:
+            reference = reference_of(arm)
+            words += ["--reference", str(folder_of(reference, seed, args.out) if reference else TINY)]
     settings = train.parse_arguments(words)
     settings.arithmetic = arithmetic(args)
     return settings
+
+
+def reference_of(arm):
+    """The arm that makes Stage II's real images: our 4-step student after both stages, for which the teacher does.
+
+    None: no other arm does.
+    """
+    return None if arm == SFD4 or "--reference" in arm.train else SFD4
 
 
 def slug(text):

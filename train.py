@@ -67,17 +67,19 @@ STAGE1 = {
     "windows": ("step", ["step", "whole"], "levels that a step is compared at: its own window (TDM), or all (DMD)"),
     "lora": (0, rank, "rank of adapters over one frozen network that all three share; 0: all weights"),
 }
+OBJECTIVES = {name: name.split("+") for name in ("adv", "adv+output+feature", "output+feature", "output", "feature")}
 STAGE2 = {
     **BOTH,
     "steps": (None, [2, 4, 8], "n; default: as many as the student has"),
-    "student": (None, str, "to start from; default: this preset's Stage I run"),
-    "reference": (None, str, "makes the real images; default: this preset's 4-step run, else the teacher; truth: "
-                  "true scenes (tiny world)"),
+    "student": (None, str, "to start from; default: this preset's Stage I run, of 2 steps or of --steps"),
+    "reference": (None, str, "makes the real images; default: this preset's 4-step student, the one after both stages "
+                  "first, else the teacher; truth: true scenes (tiny world)"),
     "backbone": ("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup", str, "the discriminator's ConvNeXt"),
-    "cache": ((2, 9), commandline.blocks, "A-B: blocks, from 0, that only the first step runs (Fig. 12); or none"),
-    "objective": ("adv", ["adv", "adv+kd", "kd"], "adversarial, distillation of the full step, or both (Fig. 13)"),
-    "output_weight": (1.0, None, "of the velocity's distillation, where there is kd"),
-    "feature_weight": (1.0, None, "of the residual's distillation, where there is kd"),
+    "cache": ((2, 9), commandline.blocks, "A-B: blocks, from 0, that only the first step runs (Fig. 12); slow, fast: "
+              "the paper's for SD3-Medium, 1.75 and 1.67; or none"),
+    "objective": ("adv", list(OBJECTIVES), "adversarial, distillation of output or feature, or several (Fig. 13)"),
+    "output_weight": (1.0, None, "of the velocity's distillation"),
+    "feature_weight": (1.0, None, "of the residual's distillation"),
     "iterations": (4000, count, "updates of either side"),
     "batch": (32, count, "over all processes"),
     "student_lr": (1e-5, positive, "learning rate of G"),
@@ -95,10 +97,9 @@ FASTER = {"at_once": 0, "recompute": False}  # where memory is no matter
 PRESETS = {  # what differs from these defaults; the number of cached blocks is the paper's, where they lie is ours
     "tiny": {"model": str(TINY),
              1: {**FASTER, "iterations": 200, "batch": 48, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.80},
-             2: {**FASTER, "iterations": 1200, "batch": 48, "student_lr": 5e-4, "compensator_lr": 2e-3,
-                 "discriminator_lr": 1e-3, "objective": "kd", "output_weight": 16.0, "feature_weight": 0.1,
-                 "cache": (1, 4), "lora": 0, "alone": 20, "turns": 1, "warmup": 20, "decay": True,
-                 "backbone": str(TINY)}},
+             2: {**FASTER, "iterations": 700, "student_lr": 8e-5, "compensator_lr": 1e-3, "discriminator_lr": 2e-3,
+                 "output_weight": 16.0, "feature_weight": 0.1, "cache": (1, 4), "lora": 0, "alone": 200, "warmup": 10,
+                 "decay": True, "backbone": str(TINY)}},
     "sd3-medium": {"model": "stabilityai/stable-diffusion-3-medium-diffusers"},
     "sd3.5-medium": {"model": "stabilityai/stable-diffusion-3.5-medium"},
     "sd3.5-large": {"model": "stabilityai/stable-diffusion-3.5-large", 2: {"cache": (3, 12)}},
@@ -135,7 +136,7 @@ def parse_arguments(words=None):
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; default: bf16 where it is faster")
     parser.add_argument("--out", help="default: runs/stage0, runs/stage1, runs/stage1-4steps (for --steps 4), "
-                        "runs/stage2; of official models below runs/PRESET")
+                        "runs/stage2, …; of official models below runs/PRESET")
     parser.add_argument("--resume", action="store_true", help="go on from where the run in --out stopped")
     args = parser.parse_args(words)
     if stage is None:
@@ -158,7 +159,7 @@ def parse_arguments(words=None):
 def run_folder(preset, stage, steps=None):
     """Where a run goes, and where Stage II looks for the runs before it."""
     folder = Path("runs") if preset == "tiny" else Path("runs") / preset
-    return folder / (f"stage{stage}" + (f"-{steps}steps" if stage == 1 and steps != 2 else ""))
+    return folder / (f"stage{stage}" + (f"-{steps}steps" if steps not in (None, 2) else ""))
 
 
 def main():
@@ -236,7 +237,8 @@ def stage2(args):
     if discriminator:
         learning["heads"], heads = discriminator.heads, [(discriminator.heads, args.discriminator_lr)]
         optimizers["discriminator_adamw"] = adamw(heads, args.betas, args.weight_decay)
-    distillation = (args.output_weight, args.feature_weight) if "kd" in args.objective else (0, 0)
+    distillation = [getattr(args, f"{name}_weight") if name in OBJECTIVES[args.objective] else 0
+                    for name in ("output", "feature")]
     turns = (args.alone, args.turns) if discriminator else (0, 0)  # without one, every update is the generator's
 
     def iterate(step):
@@ -286,12 +288,14 @@ def stage2(args):
 
 def check_stage2(args):
     """Refuse what does not fit together before the first slow step. Fills in student, reference and steps."""
-    runs = {"student": run_folder(args.preset, 1, 2), "reference": run_folder(args.preset, 1, 4)}
-    if args.student is None and not is_finished(runs["student"]):
-        raise UserError(f"Stage II starts from a Stage I student: none in {runs['student']}; run `python train.py "
-                        "--stage 1` (with the same --preset) first, or name one with --student")
-    args.student = weights.find_model(args.student or runs["student"])
-    by_default = runs["reference"] if is_finished(runs["reference"]) else args.model
+    start = run_folder(args.preset, 1, args.steps or 2)
+    if args.student is None and not is_finished(start):
+        steps = f" --steps {args.steps}" if args.steps not in (None, 2) else ""
+        raise UserError(f"Stage II starts from a Stage I student: none in {start}; run `python train.py --stage 1"
+                        f"{steps}` (with the same --preset) first, or name one with --student")
+    args.student = weights.find_model(args.student or start)
+    slower = [run_folder(args.preset, stage, 4) for stage in (2, 1)] if args.steps in (None, 2) else []
+    by_default = next(filter(is_finished, slower), args.model)
     if args.reference == TRUTH and not shapes.is_tiny_world(args.model):
         raise UserError(f"--reference {TRUTH} is for the tiny world, where the truth is known; name a model")
     if args.reference != TRUTH:
@@ -308,7 +312,7 @@ def check_stage2(args):
         raise UserError("Stage II trains the steps after the first: it needs a student of at least 2 steps")
     depth = len({name.split(".")[1] for name in shapes_of_model if name.startswith("joint_blocks.")})
     check_blocks(args.cache, depth, args.steps)
-    if "kd" in args.objective and not args.cache:
+    if args.objective != "adv" and not args.cache:
         raise UserError(f"--objective {args.objective} without a --cache would distil the student from itself")
 
 

@@ -36,6 +36,22 @@ def random_inputs(n=2, seed=1):
             torch.randn(n, 5, 24, generator=generator), torch.randn(n, 12, generator=generator))
 
 
+@torch.no_grad()
+def test_the_reuse_error_is_how_far_a_blocks_residual_moves_between_the_first_two_steps():
+    network, (noise, _, *cond) = random_network(), random_inputs()
+    nodes = torch.tensor([1.0, 0.6, 0.0])
+    errors = cache.reuse_errors(network, noise, nodes, cond)
+    x = flow.euler_step(noise, network(noise, nodes[0].expand(2), *cond), nodes[0], nodes[1])
+    added = []
+    network.joint_blocks[3].register_forward_hook(
+        lambda _, before, after: added.append([b - a for a, b in zip(before[:2], after)]))
+    for state, sigma in ((noise, nodes[0]), (x, nodes[1])):
+        network(state, sigma.expand(2), *cond)
+    expected = [(b - a).square().mean().sqrt() for a, b in zip(*added)]
+    assert errors.shape == (6, 2) and torch.allclose(errors[3], torch.stack(expected), rtol=1e-4)
+    assert errors[5, 1] == 0 and (errors[:, 0] > 0).all()  # the last block leaves the text as it is
+
+
 # ------------------------------------------------------------------------------------------------ the forward pass
 
 @torch.no_grad()

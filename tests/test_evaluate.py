@@ -194,6 +194,11 @@ class Distance(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------- speed
 
+def test_the_reuse_error_of_every_block_is_written_for_a_teacher_at_a_students_levels(run):
+    text = run("reuse", TINY)["reuse.md"]
+    assert "from σ = 1 to 0.75" in text and text.count("\n| ") == 13
+
+
 def test_functions_are_timed_in_turn_after_a_round_that_does_not_count():
     calls = []
     seconds = costs.clock({name: partial(calls.append, name) for name in "ab"}, torch.device("cpu"), rounds=2)
@@ -258,6 +263,7 @@ def test_the_cached_blocks_are_the_presets_where_one_is_as_deep_and_lie_inside_a
     ("speed --depth 2", "--preset"),
     ("speed --preset sd3-medium --depth 25", "has 24 blocks"),
     ("speed nowhere", "nowhere"),
+    ("reuse nowhere", "nowhere"),
     ("ablate --only everything", "invalid choice"),
 ])
 def test_wrong_arguments_end_in_one_line(words, message, judges, monkeypatch, tmp_path, capsys):

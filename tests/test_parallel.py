@@ -21,7 +21,7 @@ from commandline import UserError
 
 FULL = "--stage 1 --iterations 2".split()
 ADAPTERS = "--stage 1 --iterations 2 --lora 2".split()
-REFINED = "--stage 2 --iterations 4 --objective adv+kd --lora 0 alone=1 warmup=1".split()
+REFINED = "--stage 2 --iterations 4 --objective adv+output+feature --lora 0 alone=1 warmup=1".split()
 RUNS = {"full": FULL, "adapters": ADAPTERS, "refined": REFINED}
 
 

@@ -15,7 +15,7 @@ import quick_train
 import train
 from conftest import read_state
 
-SOON = "alone=2 warmup=1 turns=1 --objective adv+kd --lora 2".split()
+SOON = "alone=2 warmup=1 turns=1 --objective adv+output+feature --lora 2".split()
 
 
 @pytest.fixture
@@ -137,15 +137,15 @@ def test_each_turn_runs_what_it_needs_and_trains_what_it_should(watch, stage2):
 
 
 def test_distillation_alone_decodes_nothing_and_needs_no_discriminator(watch, stage2):
-    stage2("out", "--iterations", 3, "--lora", 2, "warmup=1", "--objective", "kd")
+    stage2("out", "--iterations", 3, "--lora", 2, "warmup=1", "--objective", "output+feature")
     runs, gradients = zip(*watch)
     assert [dict(run) for run in runs[1:]] == 2 * [{"student": 3, "compensator": 1}]
     assert gradients == ({"compensator"}, {"compensator", "student"}, {"compensator", "student"})
 
 
 @pytest.mark.parametrize("words", ["--cache none --objective adv --reference truth",
-                                   "--cache 8-11 --objective kd --steps 4",
-                                   "--lora 0 --objective adv+kd --dtype bf16 --batch 2 --cache 1-1"])
+                                   "--cache 8-11 --objective feature --steps 4",
+                                   "--lora 0 --objective adv+output+feature --dtype bf16 --batch 2 --cache 1-1"])
 def test_other_settings_run_through_the_same_code(words, stage2):
     student = pipeline.load_pipeline(stage2("out", "--iterations", 4, "warmup=0", "alone=2", *words.split()))
     assert torch.isfinite(pipeline.generate(student, ["a circle"], [0])).all()

@@ -16,6 +16,7 @@ import pipeline
 import quick_train
 import report
 import train
+from cache import effective_nfe
 from commandline import UserError
 from conftest import read_state
 
@@ -38,7 +39,7 @@ def same(one, other):
 
 def test_a_run_leaves_log_sheets_metrics_and_a_student_that_needs_no_flags(two_steps):
     entry, = map(json.loads, (two_steps / "log.jsonl").read_text().splitlines())
-    assert entry["step"] == 2 and {"student", "fake", "norm", "seconds"} <= set(entry)
+    assert entry["step"] == 2 and {"student", "fake", "norm", "guided", "seconds"} <= set(entry)
     assert (two_steps / "sheet-000002.png").exists()
     assert set(json.loads((two_steps / "metrics.json").read_text())) == {
         "true scenes, autoencoded", "student", "teacher, 2 steps", "teacher, 28 steps, w = 7"}
@@ -169,6 +170,10 @@ def test_each_preset_has_run_folders_of_its_own_and_the_released_numbers(tmp_pat
     assert (medium.batch, medium.iterations, medium.student_clip, medium.fake_clip) == (64, 500, 2, 1)
     assert (large.cache, large.lora, large.objective, large.warmup, large.turns, large.alone) == (
         (3, 12), 64, "adv", 317, 2, 50)
+    slow, fast = (train.parse_arguments(f"--stage 2 --preset sd3-medium --cache {name} --out {name}".split()).cache
+                  for name in ("slow", "fast"))
+    assert effective_nfe(24, slow, 2) == 1.75 and effective_nfe(24, fast, 2) == pytest.approx(1.67, abs=0.01)
+    assert str(train.parse_arguments("--stage 2 --steps 4".split()).out) == "runs/stage2-4steps"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
@@ -208,8 +213,10 @@ def test_help_shows_the_flags_of_the_stage_with_their_defaults(stage, capsys):
     ("--stage 2 --student {student} --model {other} --prompts {prompts}", "another architecture"),
     ("--stage 2 --student {student} --objective adv --backbone {student}", "without backbone/"),
     ("--stage 2 --student {student} --cache 5", "not A-B"),
+    ("--stage 2 --steps 4", "run `python train.py --stage 1 --steps 4`"),
+    ("--stage 2 --student {student} --reference truth --model {other} --prompts {prompts}", "is for the tiny world"),
     ("--stage 2 --student {student} --cache 8-12", "cached blocks 8-12"),
-    ("--stage 2 --student {student} --cache none --objective kd", "distil the student from itself"),
+    ("--stage 2 --student {student} --cache none --objective output", "distil the student from itself"),
 ])
 def test_wrong_arguments_end_in_one_line(arguments, message, two_steps, make_pair, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where there is no run
