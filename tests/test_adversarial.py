@@ -195,7 +195,7 @@ def test_heads_alone_soon_tell_true_scenes_from_samples_that_look_alike():
     Samples of the teacher in 8 steps are as far from true scenes as a student's.
     """
     torch.manual_seed(0)
-    teacher, n = pipeline.load_pipeline(pipeline.TINY), 384
+    teacher, n = pipeline.load_pipeline(pipeline.TINY), 288
     discriminator = adversarial.Discriminator(adversarial.load_backbone(pipeline.TINY))
     prompts, *_ = shapes.draw_captions(n, torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -206,17 +206,17 @@ def test_heads_alone_soon_tell_true_scenes_from_samples_that_look_alike():
     heads, generator = discriminator.heads, torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(heads.parameters(), lr=1e-3, betas=(0.9, 0.95))
     for _ in range(100):
-        i, j = torch.randint(n - 128, (2, 64), generator=generator)
+        i, j = torch.randint(n - 96, (2, 32), generator=generator)
         loss = (adversarial.multilevel_loss(heads([m[i] for m in real], real_embedding[i]), adversarial.REAL_LABEL)
                 + adversarial.multilevel_loss(heads([m[j] for m in fake], fake_embedding[j]), 0.0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        of_real = heads.eval()([m[-128:] for m in real], real_embedding[-128:])
-        of_fake = heads([m[-128:] for m in fake], fake_embedding[-128:])
+        of_real = heads.eval()([m[-96:] for m in real], real_embedding[-96:])
+        of_fake = heads([m[-96:] for m in fake], fake_embedding[-96:])
     shares = sorted(adversarial.told_apart([x], [y]).item() for x, y in zip(of_real, of_fake))
-    assert shares[-2] > 0.8
+    assert shares[-2] > 0.75
 
 
 # ------------------------------------------------------------------------------------------------------ the networks
