@@ -303,7 +303,9 @@ def plot(name, seeds, out):
     """Adherence, coverage and Fréchet distance along an ablation's axis, where matplotlib is installed."""
     ablation, measures = ABLATIONS[name], {"adherence": ADHERENCE, "coverage": COVERAGE, "Fréchet distance": DISTANCE}
     with figure_for(out / f"{name}-curve.png", size=(12, 3.5)) as figure:
-        for axes, (label, measure) in zip(figure.subplots(1, len(measures)) if figure else (), measures.items()):
+        if figure is None:
+            return
+        for axes, (label, measure) in zip(figure.subplots(1, len(measures)), measures.items()):
             for curve, points in ablation.curves.items():
                 means, errors = zip(*(spread(*numbers(out, ablation.arms[arm], seeds, measure)) for arm in points))
                 axes.errorbar(points.values(), means, errors, fmt="o", capsize=3, label=curve)
@@ -311,4 +313,4 @@ def plot(name, seeds, out):
                     axes.annotate(arm, (x, mean), (4, 3), textcoords="offset points", fontsize=6)
             axes.set(xlabel=ablation.axis, ylabel=label)
             axes.grid(alpha=0.3)
-            axes.legend()
+        axes.legend()

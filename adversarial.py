@@ -153,7 +153,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images):
         maps, embedding = self.backbone(images)
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast(images.device.type, enabled=False):  # released: heads in fp32
             return self.heads([m.float() for m in maps], embedding.float())
 
 

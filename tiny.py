@@ -95,12 +95,12 @@ def make_part(folder, arithmetic, train_part, name, build, loss, rate, seed, muo
         return weights.load_plain(network, file).requires_grad_(False).eval()
     averaged, iterations = copy.deepcopy(network), ITERATIONS[name]
     learning = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    matrices = {name: p for name, p in learning.items() if muon and "joint_blocks" in name and p.ndim == 2}
+    others = [p for name, p in learning.items() if name not in matrices]
     parameters = list(learning.values())
-    matrices = [p for name, p in learning.items() if muon and "joint_blocks" in name and p.ndim == 2]
-    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
     optimizers, rates = {"adamw": torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)}, [rate]
     if muon:
-        optimizers["muon"] = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        optimizers["muon"] = torch.optim.Muon(matrices.values(), weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
         rates.append(muon)
 
     def iterate(step):

@@ -260,12 +260,14 @@ def stage2(args):
             discriminator.heads.eval()  # spectral norm: one power iteration an update, not a micro-batch
             return losses
 
-        parts = []
-        for rows, _ in micro_batches:
-            some = [words[row] for row in rows]
-            real = partial(reference.sample, uncond=uncond) if reference else partial(
-                shapes.true_latents, original.vae, some, [scenes[row] for row in rows])
-            parts.append((parallel.to_device(noise[rows], args.device), nodes, text(some), real))
+        def real_of(rows):
+            if reference:
+                return partial(reference.sample, uncond=uncond)
+            some, seeds = [words[row] for row in rows], [scenes[row] for row in rows]
+            return lambda noise, cond: shapes.true_latents(original.vae, some, seeds)
+
+        parts = [(parallel.to_device(noise[rows], args.device), nodes, text([words[row] for row in rows]),
+                  real_of(rows)) for rows, _ in micro_batches]
         losses = accumulate(args, turn, parts)
         if not generators:
             descend(optimizers["discriminator_adamw"], math.inf, args.offload)  # released: not clipped
