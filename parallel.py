@@ -167,7 +167,7 @@ def save(folder, networks, optimizers, header):
     """
     part = folder / f"state-{header['step']:06}"
     tensors = network_tensors(networks)
-    for place, (optimizer, parameter) in adam_places(optimizers).items():
+    for place, (optimizer, parameter) in optimizer_places(optimizers).items():
         tensors.update({place + name: value for name, value in optimizer.state[parameter].items()})
     if is_first():
         shutil.rmtree(part, ignore_errors=True)  # of a run that ended while it wrote
@@ -194,11 +194,14 @@ def load(folder, networks, optimizers, offload):
     reader = checkpoint.HuggingFaceStorageReader(str(part))
     with checkpoint_errors(part, "be read as the state of a run"):
         saved = reader.read_metadata().state_dict_metadata
-    tensors = network_tensors(networks)
-    for place, (optimizer, parameter) in adam_places(optimizers).items():
-        if place + "step" in saved:  # a parameter that was at rest has no state
-            empty = {"step": torch.zeros((), device=parameter.device), "exp_avg": torch.zeros_like(parameter).detach(),
-                     "exp_avg_sq": torch.zeros_like(parameter).detach()}
+    tensors, held = network_tensors(networks), {}
+    for name in saved:
+        place, _, name = name.rpartition("/")
+        held.setdefault(place + "/", []).append(name)
+    for place, (optimizer, parameter) in optimizer_places(optimizers).items():
+        if place in held:  # a parameter that was at rest has no state
+            empty = {name: torch.zeros((), device=parameter.device) if name == "step" else
+                     torch.zeros_like(parameter).detach() for name in held[place]}
             optimizer.state[parameter] = {name: tensor.cpu() if offload else tensor for name, tensor in empty.items()}
             tensors.update({place + name: tensor for name, tensor in optimizer.state[parameter].items()})
     with checkpoint_errors(part, "be read as the state of this run"):
@@ -224,7 +227,7 @@ def checkpoint_errors(part, action):
             raise next(iter(error.failures.values()))[0] from error
 
 
-def adam_places(optimizers):
+def optimizer_places(optimizers):
     """{place in the state: (optimiser, parameter)}."""
     return {f"{key}/{i}/": (optimizer, parameter) for key, optimizer in optimizers.items()
             for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])}

@@ -3,6 +3,7 @@
 import math
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,45 @@ def test_a_part_is_trained_with_a_warm_up_and_a_cosine_and_averaged(tmp_path, mo
     assert rates[199] == pytest.approx(0.1 * (1 + math.cos(math.pi * 199 / 200)) / 2)
     assert part is networks["averaged"] and not part.weight.requires_grad
     assert 0 < (part.weight - networks["network"].weight).abs().max() < 0.5
+
+
+class OneBlock(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.joint_blocks, self.out = torch.nn.ModuleList([torch.nn.Linear(4, 4)]), torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.out(self.joint_blocks[0](x).tanh())
+
+
+def test_a_part_that_muon_trains_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.ITERATIONS, "part", 8)
+
+    def make(folder, stop=False):
+        folder.mkdir(exist_ok=True)
+
+        def train_part(name, networks, optimizers, iterate, iterations):
+            run = train.Run(args, name, networks, optimizers)
+            if stop:
+                for run.step in range(3):
+                    iterate(run.step)
+                run.step = 3
+                run.save()
+                raise KeyboardInterrupt
+            train.fit(args, run, iterate, iterations)
+
+        def loss(network, generator):
+            return network(torch.randn(4, 4, generator=generator)).square().mean()
+
+        args = SimpleNamespace(stage=0, seed=0, dtype="fp32", out=folder, device=FP32.device)
+        return tiny.make_part(folder, FP32, train_part, "part", OneBlock, loss, rate=0.01, seed=0,
+                              muon=0.01).state_dict()
+
+    whole = make(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "parts", stop=True)
+    parts = make(tmp_path / "parts")
+    assert all(torch.equal(tensor, parts[name]) for name, tensor in whole.items())
 
 
 def test_a_finished_part_is_not_made_again(tmp_path, monkeypatch):
