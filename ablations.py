@@ -175,7 +175,8 @@ def open_arm(arm, seed, args):
         for before in (Arm(arm.start), reference_of(arm)) if settings.stage == 2 else ():
             if before:
                 open_arm(before, seed, args)
-        {1: train.stage1, 2: train.stage2}[settings.stage](settings)
+        with weights.alone_in(folder):
+            {1: train.stage1, 2: train.stage2}[settings.stage](settings)
     if settings.stage == 2:
         train.check_stage2(settings)  # which fills in what the recipe names
     sampler = open_sampler(f"{folder}@{arm.options}" if arm.options else folder, args.device)

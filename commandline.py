@@ -13,15 +13,19 @@ class UserError(Exception):
     """Something the user can put right. The scripts print its one line and exit with status 2."""
 
 
-def run_script(main):
-    """Run a script's main; what the user can put right becomes one line on stderr and exit status 2."""
+def run_script(main, *going_on):
+    """Run a script's main; what the user can put right becomes one line on stderr and exit status 2.
+
+    SIGTERM, which schedulers of clusters send, is taken as Ctrl-C is. going_on: how to go on with what was stopped.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
-        print(*stop.args or ["stopped"], file=sys.stderr)
+        print("; ".join([*(stop.args or ["stopped"]), *going_on]), file=sys.stderr)
         sys.exit(130)
 
 

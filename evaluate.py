@@ -360,4 +360,4 @@ def ablate(args):
 
 
 if __name__ == "__main__":
-    commandline.run_script(main)
+    commandline.run_script(main, "the same command goes on")

@@ -1,6 +1,7 @@
 """The networks of a training run: which of them learn, how their weights are held, in what arithmetic they run."""
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -87,3 +88,30 @@ def adamw(rates, betas, weight_decay):
     """AdamW over the trained parameters of (network, learning rate) pairs."""
     groups = [{"params": trainable(network), "lr": lr} for network, lr in rates]
     return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=True)
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient that is infinite or no number; its argument says what it is of."""
+
+
+def descend(optimizers, losses, max_norm, inputs=None, offload=False):
+    """One step along the accumulated gradients. Returns their norm, of all together, before it was clipped.
+
+    Raises NotFinite, before anything has changed, where a loss or the norm is not finite: to know it, the device is
+    waited for once. losses: {name: tensor ()}. inputs: {name: what these are of}, to be told the user. offload: the
+    optimisers' states wait in the CPU's memory between steps.
+    """
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    norm = parallel.clip_gradients(parameters, max_norm) + 0 * sum(losses.values())  # 0 · ∞ is no number
+    parallel.average([norm])  # all processes decide alike
+    norm = norm.item()
+    if not math.isfinite(norm):
+        raise NotFinite(inputs or {})
+    for optimizer in optimizers:
+        for state in optimizer.state.values() if offload else ():
+            state.update({name: tensor.to(parameters[0].device) for name, tensor in state.items()})
+        optimizer.step()
+        for state in optimizer.state.values() if offload else ():
+            state.update({name: tensor.cpu() for name, tensor in state.items()})
+        optimizer.zero_grad()
+    return norm

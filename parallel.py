@@ -163,7 +163,8 @@ def gather(network, sharded):
 def save(folder, networks, optimizers, header):
     """Write networks and optimisers, {name: …}, sharded or not, and a header (JSON with a `step`): whole or not at all.
 
-    `folder`/state.json holds the header and the name of the subfolder with the tensors, and changes last.
+    `folder`/state.json holds the header and the name of the subfolder with the tensors. It changes once these are on
+    the disk, and the state before goes once the change is.
     """
     part = folder / f"state-{header['step']:06}"
     tensors = network_tensors(networks)
@@ -175,7 +176,11 @@ def save(folder, networks, optimizers, header):
     with checkpoint_errors(part, "be written as the state of the run"):
         checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(str(part), save_distributed=True))
     if is_first():
+        with weights.disk_errors(part):
+            for path in (*part.iterdir(), part, folder):
+                weights.flush(path)
         weights.write_json(folder / "state.json", {**header, "tensors": part.name})
+        weights.flush(folder)
         for old in folder.glob("state-*"):
             if old != part:
                 shutil.rmtree(old)

@@ -1,7 +1,6 @@
 """What a training run shows of itself: a log, contact sheets and, in the tiny world, a table of measures."""
 
 import json
-import math
 import time
 from typing import NamedTuple
 
@@ -11,7 +10,6 @@ from tqdm import tqdm
 import parallel
 import shapes
 import weights
-from commandline import UserError
 from pictures import contact_sheet
 from vae import VAE
 
@@ -30,25 +28,26 @@ class Log:
             weights.write_text(self.file, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def add(self, values):
-        """values: {name: tensor ()}, of one iteration; the names may change. Nothing is read back from the device."""
+        """values: {name: number or tensor ()}, of one iteration; the names may change. No tensor is read back."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
+    def skip(self):
+        """One iteration left nothing to log."""
+        self.sums["skipped"], self.counts["skipped"] = self.sums.get("skipped", 0) + 1, 1
+
     def write(self, step, device):
-        """Write the line of `step`; returns its values. Raises UserError where one is not finite."""
+        """Write the line of `step`; returns its values."""
         names = list(self.sums)
-        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        means = torch.stack([torch.as_tensor(self.sums[name] / self.counts[name], device=device) for name in names])
         parallel.average([means])
         values = dict(zip(names, means.tolist()))
-        if not all(map(math.isfinite, values.values())):
-            raise UserError(f"{self.run}: not finite between steps {self.step} and {step} ({values}); try a lower "
-                            "learning rate")
         cost = {"seconds": (time.monotonic() - self.start) / (step - self.step)}
         if device.type == "cuda":
             cost["peak GB"] = torch.cuda.max_memory_allocated(device) / 1e9
         if parallel.is_first():
-            with open(self.file, "a") as file:
+            with weights.disk_errors(self.file), open(self.file, "a") as file:
                 file.write(json.dumps({"run": self.run, "step": step, **values, **cost}) + "\n")
         self.sums, self.counts, self.step, self.start = {}, {}, step, time.monotonic()
         return values

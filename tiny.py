@@ -24,6 +24,7 @@ import weights
 from adversarial import ConvNeXt, normalise, save_backbone
 from commandline import UserError
 from mmdit import MMDiT
+from networks import descend
 from pipeline import TINY, Pipeline, Sampler, save_pipeline
 from prompts import seeded
 from text import ENCODERS, TextEncoders, load_tokenizer
@@ -97,7 +98,6 @@ def make_part(folder, arithmetic, train_part, name, build, loss, rate, seed, muo
     learning = {name: p for name, p in network.named_parameters() if p.requires_grad}
     matrices = {name: p for name, p in learning.items() if muon and "joint_blocks" in name and p.ndim == 2}
     others = [p for name, p in learning.items() if name not in matrices]
-    parameters = list(learning.values())
     optimizers, rates = {"adamw": torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)}, [rate]
     if muon:
         optimizers["muon"] = torch.optim.Muon(matrices.values(), weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
@@ -110,10 +110,7 @@ def make_part(folder, arithmetic, train_part, name, build, loss, rate, seed, muo
         with arithmetic.passes():
             value = loss(network, seeded(seed, step))
         value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer in optimizers.values():
-            optimizer.step()
-            optimizer.zero_grad()
+        norm = descend(optimizers.values(), {"loss": value.detach()}, max_norm=1.0)
         average = get_ema_multi_avg_fn(min(AVERAGE, (1 + step) / (10 + step)))
         average(list(averaged.parameters()), list(network.parameters()), step)
         return {"loss": value.detach(), "norm": norm}

@@ -11,6 +11,7 @@ stages share.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -33,7 +34,8 @@ import weights
 from cache import Cache, check_blocks, describe_cost, load_cache, new_cache
 from commandline import CommandLine, UserError, count, number, positive
 from mmdit import read_shapes
-from networks import Arithmetic, adamw, fast_bf16, frozen_network, open_networks, trainable, whole
+from networks import (Arithmetic, NotFinite, adamw, descend, fast_bf16, frozen_network, open_networks, trainable,
+                      whole)
 from pictures import write_picture
 from pipeline import DTYPES, TINY, Sampler, is_finished, load_pipeline, save_pipeline
 from prompts import CachedText, draw_prompts, open_prompts, read_prompts, seeded, sheet_prompts
@@ -108,6 +110,7 @@ TRUTH = "truth"             # the --reference that draws true scenes
 SAVES_MEMORY = ("at_once", "recompute", "offload")  # and changes nothing
 LORA_RATE = 3               # Stage I: how much faster adapters learn than all weights do, unless rates are given
 LOG_EVERY, SHEET_EVERY, SAVE_SECONDS = 10, 100, 60
+PATIENCE = 5                # iterations in a row that are not finite and are left out, before the run ends
 
 
 def parse_arguments(words=None):
@@ -151,7 +154,7 @@ def parse_arguments(words=None):
     args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
     args.out = Path(args.out or run_folder(preset, stage, getattr(args, "steps", None)))
     weights.check_writable(args.out / "log.jsonl")
-    if any(args.out.iterdir()) and not args.resume:
+    if any(args.out.glob("[!.]*")) and not args.resume:
         raise UserError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
     return args
 
@@ -166,7 +169,8 @@ def main():
     args = parse_arguments()
     args.device = parallel.start(args.device)
     args.arithmetic = Arithmetic(args.device, DTYPES[args.dtype], short=args.preset == "tiny")
-    {0: stage0, 1: stage1, 2: stage2}[args.stage](args)
+    with weights.alone_in(args.out) if parallel.is_first() else contextlib.nullcontext():
+        {0: stage0, 1: stage1, 2: stage2}[args.stage](args)
     parallel.stop()
 
 
@@ -196,12 +200,14 @@ def stage1(args):
             cond = text([words[row] for row in rows])
             parts.append(dmd.iteration(student, fake, teacher.mmdit, part, windows, cond, uncond, args.guidance,
                                        args.alpha))
-        losses = accumulate(args, lambda part: {"fake": next(part)}, parts)
-        descend(optimizers["fake_adamw"], args.fake_clip, args.offload)
-        losses |= accumulate(args, lambda part: {"student": next(part)}, parts)
+        fake_loss = accumulate(args, lambda part: {"fake": next(part)}, parts)
+        descend([optimizers["fake_adamw"]], fake_loss, args.fake_clip, {"σ": batch.fake.sigma, "prompts": words},
+                args.offload)
+        student_loss = accumulate(args, lambda part: {"student": next(part)}, parts)
+        norm = descend([optimizers["student_adamw"]], student_loss, args.student_clip,
+                       {"σ": batch.student.sigma, "prompts": words}, args.offload)
         guided = (batch.student.sigma <= args.alpha).float().mean()  # of the samples of this iteration
-        return {**losses, "norm": descend(optimizers["student_adamw"], args.student_clip, args.offload),
-                "guided": guided}
+        return {**fake_loss, **student_loss, "norm": norm, "guided": guided}
 
     samplers = {
         "student": Sampler(replace(teacher, mmdit=student), {"sigmas": windows.nodes, "guidance": 1.0}),
@@ -269,15 +275,18 @@ def stage2(args):
         parts = [(parallel.to_device(noise[rows], args.device), nodes, text([words[row] for row in rows]),
                   real_of(rows)) for rows, _ in micro_batches]
         losses = accumulate(args, turn, parts)
+        inputs = {"σ": nodes, "prompts": words}
         if not generators:
-            descend(optimizers["discriminator_adamw"], math.inf, args.offload)  # released: not clipped
+            released = math.inf  # not clipped
+            descend([optimizers["discriminator_adamw"]], losses, released, inputs, args.offload)
             return losses
         if cache and adversarial.generator_turns(step, *turns) < args.warmup:
             for parameter in trainable(student):  # at rest; requires_grad stays, FSDP2 would not notice its change
                 parameter.grad = None
         for group, (_, lr) in zip(optimizers["generator_adamw"].param_groups, rates):
             group["lr"] = lr * (1 - step / args.iterations if args.decay else 1)
-        return {**losses, "norm": descend(optimizers["generator_adamw"], args.student_clip, args.offload)}
+        norm = descend([optimizers["generator_adamw"]], losses, args.student_clip, inputs, args.offload)
+        return {**losses, "norm": norm}
 
     options = {"sigmas": nodes, "guidance": 1.0}
     refined = replace(original, mmdit=student, cache=cache)
@@ -370,7 +379,21 @@ class Run:
         if header.get("recipe") != self.recipe:
             raise UserError(f"{self.folder}: made with other settings, {header.get('recipe')}; these are {self.recipe}")
         parallel.load(self.folder, self.networks, self.optimizers, self.offload)
-        self.step = header["step"]
+        self.step = int(weights.parse_number(header.get("step"), f"{self.folder}/state.json: step", least=-1))
+
+
+    def complaint(self, inputs):
+        """What to tell the user where losses or gradients have not been finite. inputs: {name: what they are of}."""
+        def in_words(value):
+            return f"{value.min():.3g} to {value.max():.3g}" if isinstance(value, torch.Tensor) else \
+                weights.in_short(", ".join(map(repr, value)))
+
+        state = parallel.read_header(self.folder)
+        good = f"of {state['name']}, step {state['step']}" if state else "none was saved yet"
+        of = ", ".join(f"{name} {in_words(value)}" for name, value in inputs.items())
+        return (f"{self.folder}: {PATIENCE} iterations in a row gave losses or gradients that are not finite, the last "
+                f"step {self.step + 1} ({of}). They were not applied. Last good state: {good}. Start anew with lower "
+                "learning rates, or with --dtype fp32")
 
 
 def recipe(args):
@@ -387,29 +410,44 @@ def recipe(args):
 
 
 def fit(args, run, iterate, iterations, sheet=None):
-    """The one training loop. iterate(step) makes an iteration, and returns what to log; sheet() draws a sheet."""
+    """The one training loop. iterate(step) makes an iteration, and returns what to log; sheet() draws a sheet.
+
+    An iteration whose loss or gradient is not finite is skipped. Raises UserError after PATIENCE of them in a row.
+    """
     run.restore()
     log, saved, first = report.Log(run.folder, run.name, run.step), time.monotonic(), parallel.is_first()
+    skipped = 0  # in a row
     with (tqdm(total=iterations, initial=run.step, desc=run.name, mininterval=1, disable=not first) as bar,
           commandline.asked_to_stop() as stop):
         while run.step < iterations:
-            log.add(iterate(run.step))
+            try:
+                log.add(iterate(run.step))
+                skipped = 0
+            except NotFinite as error:
+                log.skip()
+                skipped += 1
+                for optimizer in run.optimizers.values():
+                    optimizer.zero_grad()
+                if skipped == PATIENCE:
+                    raise UserError(run.complaint(*error.args)) from error
             run.step += 1
             bar.update()
             last, stopped = run.step == iterations, parallel.any_of(stop)
-            if run.step % LOG_EVERY == 0 or last or stopped:
-                means = log.write(run.step, args.device)  # raises an error where a loss is not finite
+            due = run.step % LOG_EVERY == 0 or last or stopped
+            if due:
+                means = log.write(run.step, args.device)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
-                if last or stopped or parallel.any_of([time.monotonic() - saved > SAVE_SECONDS]):
-                    run.save()
-                    saved = time.monotonic()
-            if stopped and not last:
-                raise KeyboardInterrupt(f"stopped at step {run.step}; go on with --resume")
             if sheet and (run.step % SHEET_EVERY == 0 or last):
                 with args.arithmetic.passes():
                     picture = sheet()
                 if first:
                     write_picture(picture, run.folder / f"sheet-{run.step:06}.png")
+            late = due and parallel.any_of([last or stopped or time.monotonic() - saved > SAVE_SECONDS])
+            if late and not skipped:  # after log and sheet, for a run that is killed goes on from here
+                run.save()
+                saved = time.monotonic()
+            if stopped and not last:
+                raise KeyboardInterrupt(f"stopped at step {run.step}")
 
 
 def accumulate(args, losses_of, parts):
@@ -426,22 +464,6 @@ def accumulate(args, losses_of, parts):
         for name, value in losses.items():
             means[name] = means.get(name, 0) + value.detach() / len(parts)
     return means
-
-
-def descend(optimizer, max_norm, offload=False):
-    """One optimiser step along the accumulated gradients. Returns their norm, before it was clipped.
-
-    offload: the optimiser's states wait in the CPU's memory between steps.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = parallel.clip_gradients(parameters, max_norm)
-    for state in optimizer.state.values() if offload else ():
-        state.update({name: tensor.to(parameters[0].device) for name, tensor in state.items()})
-    optimizer.step()
-    for state in optimizer.state.values() if offload else ():
-        state.update({name: tensor.cpu() for name, tensor in state.items()})
-    optimizer.zero_grad()
-    return norm
 
 
 # --------------------------------------------------------------------------------------------- what the stages share
@@ -466,4 +488,4 @@ def distil(args, run, iterate, samplers, prompts, path):
 
 
 if __name__ == "__main__":
-    commandline.run_script(main)
+    commandline.run_script(main, "go on with --resume")

@@ -19,6 +19,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from huggingface_hub import errors as hub
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -363,9 +364,22 @@ def save_network(module, folder, config, metadata=None, dtype=None):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; the same tensors and metadata always give the same bytes."""
     with replacing(path) as part:
         save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+        sort_metadata(part)
+
+
+def sort_metadata(path):
+    """Put the metadata in a file's header in order: safetensors writes them in an order of chance."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(text) <= length  # of the same characters
+        file.seek(8)
+        file.write(text.ljust(length))
 
 
 def write_json(path, value):
@@ -395,12 +409,45 @@ def replacing(path):
     """A temporary path beside `path` that takes its place once the block has ended well, and is gone if it has not."""
     path = Path(path)
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")  # its own, if others write the same file
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
+            flush(part)
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path):
+    """One clear line for what goes wrong while `path` is written: a full disk, a folder that is gone."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def flush(path):
+    """Send a file, or a folder's list of files, from the system's memory to the disk: it outlasts a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def alone_in(folder):
+    """Hold a folder against other runs, by a lock of the system's that ends with the process, however it ends."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"{folder}: another run is writing there; wait for its end, or choose another --out") from error
+    try:
+        for part in folder.rglob("*.part"):  # of a run that was killed while it wrote
+            part.unlink()
+        yield
+    finally:
+        lock.release()

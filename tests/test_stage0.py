@@ -24,7 +24,7 @@ def loop(name, networks, optimizer, iterate, iterations):
     """What train.py passes in, without logs and states."""
     for step in range(iterations):
         values = iterate(step)
-        assert set(values) == {"loss", "norm"} and all(torch.isfinite(value) for value in values.values())
+        assert set(values) == {"loss", "norm"} and all(math.isfinite(value) for value in values.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- making one

@@ -77,8 +77,8 @@ def test_the_published_order_is_kept_in_the_loop(monkeypatch, tmp_path):
             yield loss
 
     monkeypatch.setattr(train.dmd, "iteration", watched)
-    monkeypatch.setattr(train, "descend", lambda optimizer, *more: events.append(optimizer.param_groups[0]["lr"])
-                        or descend(optimizer, *more))
+    monkeypatch.setattr(train, "descend", lambda part, *more: events.append(part[0].param_groups[0]["lr"])
+                        or descend(part, *more))
     stage1(tmp_path / "out", "--iterations", 1, "--student-lr", 1, "--fake-lr", 2, "--at-once", 2)
     assert events == ["fake loss", "fake loss", 2, "student loss", "student loss", 1]
 
@@ -109,7 +109,7 @@ def test_ctrl_c_ends_an_iteration_saves_and_says_how_to_go_on(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(report.Log, "add", interrupted)
-        with pytest.raises(KeyboardInterrupt, match="stopped at step 2; go on with --resume"):
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 2"):
             stage1(tmp_path / "parts", "--iterations", 3)
     assert same(whole, stage1(tmp_path / "parts", "--iterations", 3, "--resume"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -120,10 +120,10 @@ def test_the_log_has_the_mean_of_all_iterations_since_the_line_before(tmp_path):
     for values in ({"generator": 1.0}, {"discriminator": 5.0}, {"generator": 3.0}):
         log.add({name: torch.tensor(value) for name, value in values.items()})
     assert log.write(3, torch.device("cpu")) == {"generator": 2, "discriminator": 5}
-    log.add({"generator": torch.tensor(float("inf"))})
-    with pytest.raises(UserError, match="not finite between steps 3 and 4"):
-        log.write(4, torch.device("cpu"))
-    assert log_steps(tmp_path) == [3]
+    log.skip()
+    log.skip()
+    assert log.write(5, torch.device("cpu")) == {"skipped": 2}
+    assert log_steps(tmp_path) == [3, 5]
 
 
 @pytest.mark.parametrize("words", [["--alpha", 0.5], ["--seed", 1]], ids=str)
@@ -236,7 +236,7 @@ def test_wrong_arguments_end_in_one_line(arguments, message, two_steps, make_pai
     error = capsys.readouterr().err.strip()
     assert end.value.code == 2 and message in error and error.count("\n") == 0, error
     assert (tmp_path / "full" / "log.jsonl").read_text() == "mine"
-    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and path.name != ".lock"]
 
 
 def test_train_as_a_program_reports_errors_without_a_traceback(tmp_path):
