@@ -43,4 +43,4 @@ def is_setting(word):
 
 
 if __name__ == "__main__":
-    commandline.run_script(partial(run, *sys.argv[1:]))
+    commandline.run_script(partial(run, *sys.argv[1:]), "go on with --resume")

@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import os
 import random
 import resource
 import signal
@@ -19,6 +18,7 @@ import dmd
 import pipeline
 import quick_train
 import report
+import tiny
 import train
 import weights
 from commandline import UserError
@@ -70,3 +70,126 @@ def test_a_run_that_was_killed_again_and_again_leaves_the_bytes_of_one_that_was_
     one, other = read_state(whole), read_state(killed)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert len(list(killed.glob("state-*"))) == 1 and (killed / "sheet-000012.png").exists()
+
+
+def test_sheets_and_their_number_do_not_change_what_is_trained(tmp_path):
+    killed_at_random(tmp_path / "sheets", STAGE1[:3] + (4,), kills=0)
+    quick_train.run("--bare", "--batch", 2, *STAGE1[:3], 4, "--out", tmp_path / "none")
+    one, other = read_state(tmp_path / "sheets"), read_state(tmp_path / "none")
+    assert (tmp_path / "sheets" / "sheet-000004.png").exists() and not list((tmp_path / "none").glob("sheet*"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ------------------------------------------------------------------------------------------------------- not finite
+
+def spoiled(monkeypatch, which, value, steps):
+    """Stage I whose fake score (0) or student (1) has a loss of `value` more, at these of its iterations."""
+    honest, calls = dmd.iteration, []
+
+    def iteration(*inputs):
+        calls.append(0)
+        for i, loss in enumerate(honest(*inputs)):
+            yield loss + value * loss if i == which and len(calls) - 1 in steps else loss
+
+    monkeypatch.setattr(dmd, "iteration", iteration)
+
+
+def stage1(out, iterations, *words):
+    quick_train.run("--bare", "--stage", 1, "--iterations", iterations, "--out", out, *words)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("network", ["fake", "student"])
+def test_a_loss_that_is_not_finite_is_never_applied_and_the_log_counts_it(network, value, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(train, "Run", lambda *inputs, make=train.Run: runs.append(make(*inputs)) or runs[-1])
+    stage1(tmp_path / "one", 1)
+    spoiled(monkeypatch, ["fake", "student"].index(network), value, steps=[1])
+    stage1(tmp_path / "two", 2)
+    one, two = (run.networks[network].state_dict() for run in runs)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    steps = [{state["step"].item() for state in run.optimizers[f"{network}_adamw"].state.values()} for run in runs]
+    assert steps == [{1}, {1}]
+    assert json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[-1])["skipped"] == 1
+    monkeypatch.undo()
+    assert train.parallel.read_header(tmp_path / "two") is None  # its state would be of weights that gave no loss
+
+
+def test_a_run_ends_after_five_iterations_that_are_not_finite_and_says_where(tmp_path, monkeypatch):
+    stage1(tmp_path / "run", 1)
+    before = read_state(tmp_path / "run")
+    spoiled(monkeypatch, 1, float("nan"), steps=range(100))
+    with pytest.raises(UserError) as error:
+        stage1(tmp_path / "run", 100, "--resume")
+    for words in ("the last step 6", "σ 0", "prompts '", "Last good state: of stage 1, step 1", "lower learning rates"):
+        assert words in str(error.value)
+    after = read_state(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_stage_2_and_stage_0_skip_what_is_not_finite_too(two_steps, tmp_path, monkeypatch):
+    monkeypatch.setattr(adversarial, "multilevel_loss", lambda logits, label: logits[0].sum() * float("nan"))
+    with pytest.raises(UserError, match="5 iterations in a row"):
+        quick_train.run("--bare", "--stage", 2, "--student", two_steps, "--reference", two_steps, "--out",
+                        tmp_path / "run")
+    monkeypatch.setattr(tiny, "text_loss", lambda network, generator: network.probes[0][0].weight.sum() / 0)
+    with pytest.raises(UserError, match="5 iterations in a row"):
+        monkeypatch.setattr(sys, "argv", f"train.py --stage 0 --dtype fp32 --out {tmp_path}/stage0".split())
+        train.main()
+
+
+# ----------------------------------------------------------------------------------------- the disk, other runs, signals
+
+@pytest.mark.parametrize("limit, what", [(40_000, "log.jsonl"), (10**6, "state")])
+def test_a_full_disk_ends_in_one_line_and_the_state_before_is_whole(limit, what, tmp_path, capfd):
+    """A disk on which no file may be larger than this."""
+    out, fork = tmp_path / "run", multiprocessing.get_context("fork")
+    stage1(out, 1)
+    with open(out / "log.jsonl", "a") as log:
+        log.write('{"run": "before", "step": 1}\n' * (39_900 // 29 - log.tell() // 29))
+
+    def on_a_small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        busy(*STAGE1, "--batch", 4, "--out", out)
+
+    process = fork.Process(target=on_a_small_disk)
+    process.start()
+    process.join()
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    assert process.exitcode == 2 and len(errors) == 1 and what in errors[0], errors
+    assert not list(out.rglob("*.part"))
+    stage1(out, 2, "--resume")
+    stage1(tmp_path / "whole", 2)
+    whole, other = read_state(tmp_path / "whole"), read_state(out)
+    assert all(torch.equal(whole[name], other[name]) for name in whole)
+
+
+def test_two_runs_into_one_folder_are_refused_until_the_first_is_dead(tmp_path):
+    out = tmp_path / "run"
+    process = multiprocessing.get_context("fork").Process(target=busy, args=(*STAGE1[:3], 1000, "--out", out))
+    process.start()
+    wait_for(out / "log.jsonl")
+    with pytest.raises(UserError, match="another run is writing there"):
+        stage1(out, 1, "--resume")
+    process.kill()
+    process.join()
+    with weights.alone_in(out):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_also_before_the_first_save_and_says_how_to_go_on(number, tmp_path):
+    process = subprocess.Popen([sys.executable, quick_train.__file__, "--bare", "--stage", "1", "--iterations", "1000",
+                                "--out", tmp_path / "run"], stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / "run" / "log.jsonl")
+    process.send_signal(number)
+    last = process.communicate(timeout=60)[1].splitlines()[-1]
+    step = train.parallel.read_header(tmp_path / "run")["step"]
+    assert process.returncode == 130 and last == f"stopped at step {step}; go on with --resume"
+
+
+def wait_for(file, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
