@@ -3,6 +3,7 @@
     python evaluate.py quality runs/stage2 runs/stage1 tiny-sd3@steps=4,guidance=2
     python evaluate.py speed
     python evaluate.py reuse runs/stage1
+    python evaluate.py score runs/stage1
     python evaluate.py ablate
 
 A model is a file, a folder or a Hugging Face id; PATH@steps=4,guidance=2,shift=3,cache=1-4 says how it is sampled.
@@ -26,11 +27,14 @@ import metrics
 import report
 import scores
 import shapes
+import train
+import truth
 import weights
 from commandline import CommandLine, UserError
+from mmdit import load_mmdit
 from networks import fast_bf16
 from pictures import figure_for, picture_bytes, to_picture, write_picture
-from pipeline import DTYPES, TINY, open_sampler, split_model
+from pipeline import DTYPES, TINY, load_pipeline, open_sampler, split_model
 from prompts import read_prompts
 
 CLIP, VISION_MODEL = "openai/clip-vit-large-patch14", "facebook/dinov2-large"
@@ -70,6 +74,11 @@ def main():
     four = add_command(commands, reuse, "how much each block changes from the first step to the second (Fig. 5a)")
     four.add_argument("model", nargs="?", default=str(TINY), metavar="MODEL", help="a student (default: the tiny SD3)")
     four.add_argument("--prompts", help="a file (default: captions of the tiny world)")
+
+    five = add_command(commands, score, "how far teacher and fake score are from the true one, level by level")
+    five.add_argument("model", metavar="RUN", help="a run of Stage I in the tiny world; it keeps its fake score")
+    five.add_argument("--captions", type=commandline.count, default=16, help="to take the mean over")
+    five.add_argument("--pool", type=commandline.count, default=4096, help="scenes that make a caption's truth")
 
     three = add_command(commands, ablate, "re-run the paper's ablations in the tiny world")
     three.add_argument("--only", action="append", choices=ablations.ABLATIONS, help="may be given several times")
@@ -333,6 +342,35 @@ def reuse(args, n=64):
             axes.plot(errors, marker="o", label=("image", "text"))
             axes.set(xlabel="block", ylabel="reuse error", yscale="log")
             axes.legend()
+
+
+# -------------------------------------------------------------------------------------------------------- true score
+
+def score(args):
+    """Teacher, guided teacher and fake score beside the truth (truth.py), as a table and a plot."""
+    teacher, (student, _) = load_pipeline(TINY, args.device), open_sampler(args.model, args.device)
+    fake, recipe = load_mmdit(train.fake_folder(args.model), args.device), student.carried("training")
+    found = truth.compare(teacher, student, fake, args.captions, args.pool, 16, recipe["guidance"],
+                          torch.Generator().manual_seed(0))
+    for name in ("teacher", "guided", "guessed", "teacher there", "guided there", "fake score"):
+        found[name] = found[name].sqrt()                                                # root mean squares
+    rows = [f"| {level:g} | {' | '.join(f'{value:.3g}' for value in row)} |"
+            for level, *row in zip(truth.LEVELS, *(values.tolist() for values in found.values()))]
+    table = "\n".join([f"| σ | {' | '.join(found)} |", "|" + "---|" * (1 + len(found)), *rows])
+    weights.write_text(args.out / "score.md", f"{args.model}, w = {recipe['guidance']:g}, {args.captions} captions, "
+                       f"{args.pool} scenes each\n\n{table}\n")
+    print(table)
+    with figure_for(args.out / "score.png", size=(12, 3.6)) as figure:
+        if figure:
+            panels = {"error on true scenes": ("guessed", "guided", "teacher"),
+                      "error on the student's samples": ("guided there", "teacher there", "fake score"),
+                      "cosine with the true direction": ("cosine guided", "cosine")}
+            for axes, (title, names) in zip(figure.subplots(1, 3), panels.items()):
+                for name in names:
+                    axes.plot(truth.LEVELS, found[name], marker="o", label=name)
+                axes.axvline(recipe["alpha"], color="gray", linestyle=":", label="α of the run")
+                axes.set(xlabel="σ", title=title)
+                axes.legend(fontsize=7)
 
 
 # --------------------------------------------------------------------------------------------------------- ablations

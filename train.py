@@ -33,7 +33,7 @@ import tiny
 import weights
 from cache import Cache, check_blocks, describe_cost, load_cache, new_cache
 from commandline import CommandLine, UserError, count, number, positive
-from mmdit import read_shapes
+from mmdit import read_shapes, save_mmdit
 from networks import (Arithmetic, NotFinite, adamw, descend, fast_bf16, frozen_network, open_networks, trainable,
                       whole)
 from pictures import write_picture
@@ -215,6 +215,14 @@ def stage1(args):
         f"teacher, {args.steps} steps": Sampler(teacher, {"sigmas": windows.nodes, "guidance": args.guidance})}
     run = Run(args, "stage 1", dict(zip(("student", "fake"), learned)), optimizers)
     distil(args, run, iterate, samplers, prompts, args.model)
+    fake = whole(fake, args.model)
+    if parallel.is_first():  # for `evaluate.py score`; nothing samples with it
+        save_mmdit(fake, fake_folder(args.out), sample_size=teacher.latent_shape()[1])
+
+
+def fake_folder(run):
+    """Where a run of Stage I leaves its fake score."""
+    return Path(run) / "fake"
 
 
 # ------------------------------------------------------------------------------------------------------- Stage II

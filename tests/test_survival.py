@@ -1,4 +1,4 @@
-"""What a training run survives: kills at any moment, losses that are not finite, a full disk, a second run beside it."""
+"""What a training run survives: kills at any moment, losses that are not finite, a full disk, a second run."""
 
 import json
 import multiprocessing
@@ -15,7 +15,6 @@ import torch
 import adversarial
 import commandline
 import dmd
-import pipeline
 import quick_train
 import report
 import tiny
@@ -138,7 +137,7 @@ def test_stage_2_and_stage_0_skip_what_is_not_finite_too(two_steps, tmp_path, mo
         train.main()
 
 
-# ----------------------------------------------------------------------------------------- the disk, other runs, signals
+# ------------------------------------------------------------------------------------ the disk, other runs, signals
 
 @pytest.mark.parametrize("limit, what", [(40_000, "log.jsonl"), (10**6, "state")])
 def test_a_full_disk_ends_in_one_line_and_the_state_before_is_whole(limit, what, tmp_path, capfd):

@@ -1,0 +1,45 @@
+"""The true score: against a closed form, and what the command makes of it."""
+
+import sys
+
+import pytest
+import torch
+
+import commandline
+import evaluate
+import flow
+import truth
+
+
+def test_the_optimal_velocity_is_that_of_a_gaussian_where_the_pool_is_one():
+    """x0 ~ N(m, s²) has E[x0 | x_σ] = m + g (x_σ - (1 - σ) m) with g = (1 - σ) s² / ((1 - σ)² s² + σ²)."""
+    mean, deviation, generator = 0.5, 0.7, torch.Generator().manual_seed(0)
+    pool = mean + deviation * torch.randn(200_000, 1, 1, 2, generator=generator)
+    for sigma in (0.3, 0.7, 1.0):
+        x = flow.add_noise(pool[:5], torch.randn(5, 1, 1, 2, generator=generator), sigma)
+        gain = (1 - sigma) * deviation**2 / ((1 - sigma) ** 2 * deviation**2 + sigma**2)
+        clean = mean + gain * (x - (1 - sigma) * mean)
+        found, size = truth.optimal_velocity(x, torch.tensor(sigma), pool)
+        assert torch.allclose(found, (x - clean) / sigma, atol=0.03) and (size > 1000).all()
+
+
+def test_at_next_to_no_noise_the_truth_is_the_scene_itself():
+    pool = torch.randn(100, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(100, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    found, size = truth.optimal_velocity(0.95 * pool + 0.05 * noise, torch.tensor(0.05), pool)
+    assert torch.allclose(found, noise - pool, atol=1e-3) and torch.allclose(size, torch.ones_like(size), atol=1e-3)
+
+
+def test_the_command_writes_table_and_figure_of_a_stage_1_run(two_steps, tmp_path, monkeypatch, capsys):
+    words = ["evaluate.py", "score", two_steps, "--captions", 1, "--pool", 32, "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    evaluate.main()
+    lines = (tmp_path / "score.md").read_text().splitlines()
+    assert "w = 7" in lines[0] and len(lines) == 4 + len(truth.LEVELS) and lines[2] in capsys.readouterr().out
+
+
+def test_a_run_without_its_fake_score_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", f"evaluate.py score {evaluate.TINY} --out {tmp_path}".split())
+    with pytest.raises(SystemExit):
+        commandline.run_script(evaluate.main)
+    assert "fake" in capsys.readouterr().err.splitlines()[-1]
