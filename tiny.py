@@ -31,15 +31,17 @@ from text import ENCODERS, TextEncoders, load_tokenizer
 from vae import VAE, ResBlock
 
 CLIP_WIDTH, T5_WIDTH = 64, 128
-WIDTH, DEPTH, POS_MAX = 128, 12, 16   # of the MMDiT; images up to 256×256
+WIDTH, DEPTH, POS_MAX = 128, 12, 16   # of the MMDiT; images up to 128×128
 LATENT_NOISE = 0.05
-LATENT_CHANNELS = 8   # half of SD3's: what the teacher must carry through a width of 128 is half as much
-VAE_WIDTHS, VAE_LAYERS, VAE_GROUPS = (16, 32, 96, 128), 1, 8   # wide where it is cheap, narrow at full resolution
+# Latents of 4 channels, a quarter of the image a side; SD3's are of 16, an eighth. A token is then a patch of 8×8 pixels,
+# not 16×16: of 64 pixels a side that is coarse, and what it holds (16 numbers) fits a width of 128 well.
+LATENT_CHANNELS = 4
+VAE_WIDTHS, VAE_LAYERS, VAE_GROUPS = (24, 48, 96), 1, 8
 BACKBONE_DEPTHS, BACKBONE_WIDTHS, BACKBONE_EMBEDDING = (1, 1, 2, 1), (48, 96, 128, 160), 64
 BACKBONE_SCALE = 5   # of its maps, which are white but for it
 SHIFT = 3.0
 POOL = 65_536            # scenes whose latents the teacher is trained on; their captions are drawn afresh each time
-ITERATIONS = {"text": 400, "recogniser": 800, "backbone": 1000, "vae": 1500, "decoder": 4000, "teacher": 8000}
+ITERATIONS = {"text": 400, "recogniser": 800, "backbone": 1000, "vae": 1500, "decoder": 2000, "teacher": 8000}
 AVERAGE = 0.999          # of the moving average of the weights
 GUIDANCES = (1, 2, 3, 4, 5)              # tried for the teacher
 STUDENT_STEPS, STUDENT_GUIDANCE = (1, 2, 4, 8), 7   # what students are distilled to, and from
@@ -193,7 +195,7 @@ def new_mmdit():
             nn.init.xavier_uniform_(parameter.flatten(1))
         if "adaLN" in name or "final_layer" in name or name.endswith("bias"):
             nn.init.zeros_(parameter)
-    model.pos_embed.data.copy_(sincos_table(POS_MAX, WIDTH, shapes.SIZE // 16))
+    model.pos_embed.data.copy_(sincos_table(POS_MAX, WIDTH, shapes.SIZE // 2 ** len(VAE_WIDTHS)))
     return model
 
 
@@ -370,7 +372,10 @@ def crop_objects(images, labels, generator):
 
 
 def teacher_loss(text, latents, labels, model, generator, batch=64, drop=0.1):
-    """Rectified flow: the velocity's mean squared error. σ: half logit-normal (Esser et al. 2024), half uniform."""
+    """Rectified flow: the velocity's mean squared error. σ: half logit-normal (Esser et al. 2024), half uniform.
+
+    Both are spread evenly over the batch, so that the loss of one differs less from that of the next.
+    """
     index = torch.randint(len(latents), (batch,), generator=generator)
     x0, named = latents[index], shapes.draw_named(batch, generator)
     captions = [shapes.caption(*pair) for pair in zip(labels[index], named)]
@@ -378,9 +383,8 @@ def teacher_loss(text, latents, labels, model, generator, batch=64, drop=0.1):
         captions[i] = ""  # for classifier-free guidance
     context, pooled = text(captions)
 
-    u = torch.rand(batch, generator=generator)
-    u = torch.where(torch.arange(batch) < batch // 2, torch.randn(batch, generator=generator).sigmoid(), u)
-    sigma = flow.shift_sigma(u, SHIFT)
+    u, uniform = (torch.arange(batch // 2) + torch.rand(2, batch // 2, generator=generator)) / (batch // 2)
+    sigma = torch.cat([flow.shift_sigma(torch.special.ndtri(u).sigmoid(), SHIFT), uniform])
     noise = torch.randn(x0.shape, generator=generator)
     x0, noise, sigma = (tensor.to(device_of(model)) for tensor in (x0, noise, sigma))
     velocity = model(flow.add_noise(x0, noise, sigma), sigma, context, pooled)
@@ -393,7 +397,7 @@ def device_of(network):
 
 @torch.no_grad()
 def encode_pool(vae, n, seed, batch=256):
-    """n scenes drawn from `seed` -> their latents, (n, 16, 8, 8), and labels, (n, 6)."""
+    """n scenes drawn from `seed` -> their latents, (n, 4, 16, 16), and labels, (n, 6)."""
     generator = torch.Generator().manual_seed(seed)
     labels, jitter = shapes.draw_scenes(n, generator)
     images = (shapes.render(*pair) for pair in zip(labels.split(batch), jitter.split(batch)))

@@ -188,7 +188,7 @@ def test_stage_0_leaves_a_pipeline_that_carries_its_best_guidance_and_its_measur
     train.main()
     made, known = load_pipeline(tmp_path), report.known_measures(tmp_path)
     assert made.guidance() == 3 and "best guidance w = 3" in capsys.readouterr().out
-    assert made.latent_shape() == (tiny.LATENT_CHANNELS, 8, 8) and made.shift == tiny.SHIFT
+    assert made.latent_shape() == (tiny.LATENT_CHANNELS, 16, 16) and made.shift == tiny.SHIFT
     assert len(known) == 6
     one_step = Sampler(made, {"sigmas": torch.tensor([1.0, 0.0]), "guidance": 7.0})  # the files hold what was measured
     brightness, _ = known[report.options_key(one_step)]["coverage"]["mean"]
