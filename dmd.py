@@ -147,6 +147,15 @@ def step_windows(n, shift, whole=False):
     return Windows(nodes, nodes[1:], grid, start, stop)
 
 
+def noised_sample(states, windows, sigma, noise):
+    """A student's sample as Stage I looks at it at level σ (): the state after the step that owns σ, noised up to it.
+
+    states: of `rollout` -> (B, C, H, W)
+    """
+    k = int((windows.nodes[1:] >= sigma).sum())                                         # σ in (σ_{k+1}, σ_k]
+    return flow.renoise(states[k + 1], windows.end[k], sigma, noise)
+
+
 def draw_batch(size, shape, windows, density, generator):
     """All that is random in an iteration (Sec. 3.2, 3.3) of `size` samples of `shape` (C, H, W), on the CPU -> Batch.
 

@@ -33,8 +33,8 @@ from vae import VAE, ResBlock
 CLIP_WIDTH, T5_WIDTH = 64, 128
 WIDTH, DEPTH, POS_MAX = 128, 12, 16   # of the MMDiT; images up to 128×128
 LATENT_NOISE = 0.05
-# Latents of 4 channels, a quarter of the image a side; SD3's are of 16, an eighth. A token is then a patch of 8×8 pixels,
-# not 16×16: of 64 pixels a side that is coarse, and what it holds (16 numbers) fits a width of 128 well.
+# Latents of 4 channels, a quarter of the image a side; SD3's are of 16, an eighth. A token is so a patch of 8×8 pixels,
+# not 16×16, which is coarse for 64 pixels a side; and what it holds, 16 numbers, fits a width of 128 well.
 LATENT_CHANNELS = 4
 VAE_WIDTHS, VAE_LAYERS, VAE_GROUPS = (24, 48, 96), 1, 8
 BACKBONE_DEPTHS, BACKBONE_WIDTHS, BACKBONE_EMBEDDING = (1, 1, 2, 1), (48, 96, 128, 160), 64

@@ -74,8 +74,7 @@ def of_level(sigma, x0, noise, states, pool, windows, teacher, fake, cond, uncon
     true, plain, guided, size = seen(x)
     row = {"teacher": error(plain, true), "guided": error(guided, true), "effective scenes": size.median().item(),
            "guessed": error((x - pool.mean(0)) / sigma, true)}
-    k = int((windows.nodes[1:] >= sigma).sum())                                         # σ in (σ_{k+1}, σ_k]
-    z = flow.renoise(states[k + 1], windows.end[k], sigma, noise)
+    z = dmd.noised_sample(states, windows, sigma, noise)
     true, plain, guided, _ = seen(z)
     of_fake = fake(z, level, *cond)
     return {**row, "teacher there": error(plain, true), "guided there": error(guided, true),
