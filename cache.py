@@ -1,4 +1,4 @@
-"""The block cache (1.x-Distill, Sec. 3.4): what makes a step cost less than one network evaluation.
+"""The block cache (1.x-Distill, Sec. 3.4, Fig. 5b): what makes a step cost less than one network evaluation.
 
 The transformer blocks a to b run in the first step only. What they add to the two streams there, the residual
 Δ0 = h_after_b - h_before_a, is kept, corrected by a small MLP f, and added in their place in the steps that follow:

@@ -107,7 +107,7 @@ def add_command(commands, run, summary):
 # ----------------------------------------------------------------------------------------------------------- quality
 
 def quality(args):
-    """Images of every model, drawn once and kept; then what they are worth and what they take, in one table."""
+    """Images of every model, drawn once and kept; then what they are worth and what they take (Table 1)."""
     check_quality(args)
     models = list(dict.fromkeys(args.models))
     folders = {model: args.out / "images" / folder_name(model, args.dtype) for model in models}
@@ -231,7 +231,7 @@ def per_picture(network, files, crop=False, batch=16):
 
 
 def judge_pictures(args, judges, model, sampler, folder):
-    """{measure: {of what: (value, standard error)}} as in shapes.measure."""
+    """{measure: {of what: (value, standard error)}} as in shapes.measure. Diversity by LPIPS is Table 3's."""
     samples = args.samples or 4
     jobs = [(prompt, seed) for prompt in judges.prompts for seed in range(samples)]
     files = draw_files(sampler, folder, *zip(*jobs))

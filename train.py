@@ -177,7 +177,7 @@ def main():
 # -------------------------------------------------------------------------------------------------------- Stage I
 
 def stage1(args):
-    """Stage I, structure-focused distribution matching (Sec. 3.2 and 3.3): teacher, fake score and student."""
+    """Stage I (Fig. 3), structure-focused distribution matching (Sec. 3.2, 3.3): teacher, fake score and student."""
     micro_batches = parallel.micro_batches(args.batch, args.at_once)
     prompts, text = open_prompts(args)
     frozen, (student, fake), learned = open_networks(args.model, 2, args.arithmetic, args.lora, True, args.seed)
@@ -228,7 +228,7 @@ def fake_folder(run):
 # ------------------------------------------------------------------------------------------------------- Stage II
 
 def stage2(args):
-    """Stage II, adversarial refinement with cached blocks (Sec. 3.3 and 3.4), trained as the student samples."""
+    """Stage II (Fig. 3), adversarial refinement with cached blocks (Sec. 3.3, 3.4), trained as the student samples."""
     micro_batches = parallel.micro_batches(args.batch, args.at_once)
     check_stage2(args)
     backbone = adversarial.load_backbone(args.backbone, args.device) if "adv" in args.objective else None
