@@ -6,10 +6,13 @@ of the paper says in which measure one arm is above another. Arms that train ali
 
 import json
 import re
+import time
+from collections import deque
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from scipy import stats
 from tqdm import tqdm
 
@@ -23,6 +26,7 @@ from networks import Arithmetic
 from pictures import contact_sheet, figure_for, write_picture
 from pipeline import DTYPES, TINY, is_finished, open_sampler
 from prompts import sheet_prompts
+from report import known_teacher
 
 
 class Arm(NamedTuple):
@@ -47,13 +51,15 @@ class Ablation(NamedTuple):
     claims: list
     axis: str = ""          # of a plot: what x is,
     curves: dict = {}       # and {curve: {arm: x}}
+    seeds: int = 3          # training runs of each kind; five for the claims that the paper stands on
 
 
 COVERAGE, ADHERENCE, FIDELITY = ("coverage", "mean"), ("adherence", "mean"), ("fidelity", "mean")
-DISTANCE = ("distribution", "Fréchet distance")
+DISTANCE, TO_TEACHER = ("distribution", "Fréchet distance"), ("distribution", "to the teacher")
 COLUMNS = {
     "adherence": ADHERENCE, "whole prompt": ("adherence", "whole prompt"), "coverage": COVERAGE,
-    "Fréchet distance": DISTANCE, **{name: ("distribution", name) for name in ("precision", "recall", "diversity")},
+    "Fréchet distance": DISTANCE, "distance to the teacher": TO_TEACHER,
+    **{name: ("distribution", name) for name in ("precision", "recall", "diversity")},
     "fidelity": FIDELITY, "clean": ("fidelity", "clean"), "16-32 cycles, dB": ("spectrum", "16-32 cycles")}
 
 OURS, OURS4, STAGE2 = Arm("--stage 1"), Arm("--stage 1 --steps 4"), Arm("--stage 2")
@@ -81,24 +87,35 @@ ABLATIONS = {
         "Guidance gate (Fig. 2, 8)",
         {"gated above α = 0.8": OURS, "never gated": ALWAYS},
         [Claim("the gate keeps diversity", "gated above α = 0.8", "never gated", COVERAGE),
-         Claim("the gate brings samples closer to the truth", "gated above α = 0.8", "never gated", DISTANCE, -1)]),
+         Claim("the gate brings samples closer to the truth", "gated above α = 0.8", "never gated", DISTANCE, -1)],
+        seeds=5),
+    "sampling": Ablation(
+        "Importance sampling of noise levels (Fig. 4)",
+        {"importance (c)": OURS, "uniform": Arm("--stage 1 --density uniform")},
+        [Claim("importance sampling brings samples closer to the truth", "importance (c)", "uniform", DISTANCE, -1),
+         Claim("and brings detail", "importance (c)", "uniform", FIDELITY, -1)],
+        seeds=5),
     "headline": Ablation(
         "Few-step students side by side",
         {**{f"teacher, {steps} × 2": Arm(options=f"steps={steps}") for steps in (28, 4, 2)},
-         "DMD, 4": DMD4, "TDM, 4": TDM4, "ours, 4": OURS4,
+         "DMD, 4": DMD4, "TDM, 4": TDM4, "ours, 4, Stage I": OURS4, "ours, 4 (SFD)": SFD4,
          "DMD, 2": DMD, "TDM, 2": TDM, "ours, 2": OURS, "ours, 1.67": STAGE2},
         [Claim("2 steps: ours is more diverse than TDM", "ours, 2", "TDM, 2", COVERAGE),
          Claim("2 steps: ours is closer to the truth than TDM", "ours, 2", "TDM, 2", DISTANCE, -1),
          Claim("2 steps: ours is closer to the truth than DMD", "ours, 2", "DMD, 2", DISTANCE, -1),
-         Claim("4 steps: ours is closer to the truth than TDM", "ours, 4", "TDM, 4", DISTANCE, -1),
-         Claim("ours at 1.67 is closer to the truth than TDM at 2", "ours, 1.67", "TDM, 2", DISTANCE, -1)]),
+         Claim("4 steps: Stage I is closer to the truth than TDM", "ours, 4, Stage I", "TDM, 4", DISTANCE, -1),
+         Claim("4 steps: both stages are closer to the truth than DMD", "ours, 4 (SFD)", "DMD, 4", DISTANCE, -1),
+         Claim("ours at 1.67 is closer to the truth than TDM at 2", "ours, 1.67", "TDM, 2", DISTANCE, -1),
+         Claim("ours at 1.67 has the detail of ours at 2", "ours, 1.67", "ours, 2", FIDELITY, -1)],
+        seeds=5),
     "cache": Ablation(
         "Block cache (Fig. 11, Table 5)",
         {"none": OURS, "plain re-use": PLAIN["1-4 plain"], "compensated, co-trained": STAGE2},
         [Claim("plain re-use hurts adherence", "none", "plain re-use", ADHERENCE),
          Claim("plain re-use hurts detail", "none", "plain re-use", FIDELITY, -1),
          Claim("co-training wins adherence back", "compensated, co-trained", "plain re-use", ADHERENCE),
-         Claim("co-training wins detail back", "compensated, co-trained", "plain re-use", FIDELITY, -1)]),
+         Claim("co-training wins detail back", "compensated, co-trained", "plain re-use", FIDELITY, -1)],
+        seeds=5),
     "detail": Ablation(
         "Stage II without a cache: what adversarial training adds to Stage I",
         {"Stage I, 2": OURS, "Stages I and II, 2": Arm("--stage 2 --cache none"),
@@ -106,7 +123,8 @@ ABLATIONS = {
          "Stage I, 4": OURS4, "Stages I and II (SFD), 4": SFD4},
         [Claim("2 steps: Stage II adds detail to Stage I", "Stages I and II, 2", "Stage I, 2", FIDELITY, -1),
          Claim("and with true scenes", "the same, true scenes as real images", "Stage I, 2", FIDELITY, -1),
-         Claim("4 steps: Stage II adds detail to Stage I", "Stages I and II (SFD), 4", "Stage I, 4", FIDELITY, -1)]),
+         Claim("4 steps: Stage II adds detail to Stage I", "Stages I and II (SFD), 4", "Stage I, 4", FIDELITY, -1)],
+        seeds=5),
     "objective": Ablation(
         "Objective of Stage II (Fig. 13)",
         {"plain re-use": PLAIN["1-4 plain"], "adversarial": STAGE2,
@@ -131,11 +149,10 @@ ABLATIONS = {
         "effective evaluations",
         {"plain re-use": evaluations("plain"), "compensated, co-trained": evaluations("co-trained")}),
     "density": Ablation(
-        "Importance sampling of noise levels (Fig. 4, 10), at 60 iterations and at 200",
-        {**DENSITIES, "c, 200": OURS, "uniform, 200": Arm("--stage 1 --density uniform")},
-        [*(Claim(f"c is closer to the truth than {other}", "c", other, DISTANCE, -1)
-           for other in ("uniform", "a", "b", "d")),
-         Claim("and still than uniform at 200 iterations", "c, 200", "uniform, 200", DISTANCE, -1)]),
+        "Densities of noise levels (Fig. 10), at 60 iterations",
+        DENSITIES,
+        [Claim(f"c is closer to the truth than {other}", "c", other, DISTANCE, -1)
+         for other in ("uniform", "a", "b", "d")]),
 }
 
 
@@ -145,20 +162,39 @@ ABLATIONS = {
 def run(names, args):
     """Train and measure all arms of the named ablations, seed after seed. Yields after each.
 
-    What is finished is not done again, and a run that was stopped goes on.
+    What is finished is not done again, and a run that was stopped goes on. What another process is at is left for
+    later, so that the same command may be started once for each core.
     """
-    recogniser = shapes.load_recogniser(TINY)
-    arms = list(dict.fromkeys(arm for name in names for arm in ABLATIONS[name].arms.values()))
-    jobs = [(arm, seed) for seed in range(args.seeds) for arm in arms if arm.train or seed == 0]  # there is one teacher
-    for arm, seed in (bar := tqdm(jobs, desc="ablations")):
-        bar.set_postfix_str(f"seed {seed}: {arm.train or 'teacher'} {arm.options}")
-        file = measured_file(args.out, arm, seed)
-        if not file.exists():
-            sampler = open_arm(arm, seed, args)
-            with arithmetic(args).passes():
-                measured = shapes.measure(sampler.images, recogniser, **shapes.THOROUGH)
-            weights.write_json(file, measured)
-        yield
+    recogniser, teacher = shapes.load_recogniser(TINY), known_teacher(TINY)
+    if teacher is None:
+        raise UserError(f"{TINY}: {shapes.teacher_file(TINY).name} is of other files than lie there")
+    jobs = deque(dict.fromkeys(
+        (arm, seed) for seed in range(max(seeds_of(name, args.seeds) for name in names)) for name in names
+        for arm in ABLATIONS[name].arms.values() if seed < (seeds_of(name, args.seeds) if arm.train else 1)))
+    with tqdm(total=len(jobs), desc="ablations") as bar:
+        while jobs:
+            arm, seed = jobs.popleft()
+            bar.set_postfix_str(f"seed {seed}: {arm.train or 'teacher'} {arm.options}")
+            file = measured_file(args.out, arm, seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with FileLock(file.with_suffix(".lock"), blocking=False):
+                    if not file.exists():
+                        sampler = open_arm(arm, seed, args)
+                        with arithmetic(args).passes():
+                            found = shapes.measure(sampler.images, recogniser, **shapes.THOROUGH, teacher=teacher)
+                        weights.write_json(file, found)
+            except (Timeout, weights.Busy):
+                jobs.append((arm, seed))
+                time.sleep(1)
+                continue
+            bar.update()
+            yield
+
+
+def seeds_of(name, wanted):
+    """How many seeds an ablation has: so many as are `wanted`, or its own."""
+    return wanted or ABLATIONS[name].seeds
 
 
 def arithmetic(args):
@@ -239,24 +275,52 @@ def spread(values, error):
     return values.mean(), values.std(ddof=1) if len(values) > 1 else error
 
 
-def judge(above, below, sign):
-    """A claim over the same seeds, (n,) and (n,): mean difference, half its 95 % t-interval, and one word."""
+def difference(above, below, sign):
+    """Of the same seeds, (n,) and (n,): mean difference, half its 95 % t-interval, and its p (Student's, two-sided)."""
     n = min(len(above), len(below))
-    difference = sign * (above[:n] - below[:n])
+    found = sign * (above[:n] - below[:n])
     if n < 2:
-        return difference.mean() if n else float("nan"), float("nan"), "undecided"
-    half = stats.t.ppf(0.975, n - 1) * difference.std(ddof=1) / n**0.5
-    mean = difference.mean()
-    return mean, half, "reproduced" if mean > half else "not reproduced" if mean < -half else "undecided"
+        return found.mean() if n else float("nan"), float("nan"), 1.0
+    error = found.std(ddof=1) / n**0.5
+    p = 2 * stats.t.sf(abs(found.mean()) / max(error, 1e-12), n - 1)
+    return found.mean(), stats.t.ppf(0.975, n - 1) * error, p
+
+
+def holm(ps):
+    """p-values corrected for their number (Holm 1979): if all claims were false, one or more pass in 5 of 100 cases."""
+    order, corrected, least = np.argsort(ps), np.empty(len(ps)), 0.0
+    for rank, i in enumerate(order):
+        least = corrected[i] = max(least, min(1.0, (len(ps) - rank) * ps[i]))
+    return corrected
+
+
+def verdict(mean, p):
+    return "undecided" if p >= 0.05 else "reproduced" if mean > 0 else "not reproduced"
 
 
 def report(names, seeds, out):
-    """Markdown: for each ablation a table of its arms, one of its claims, and what pictures there are."""
-    lines = []
+    """Markdown: for each ablation a table of its arms, one of its claims, and what pictures there are.
+
+    seeds: how many, or None: each ablation's own.
+    """
+    def measured(name, claim, measure):
+        return difference(*(numbers(out, ABLATIONS[name].arms[arm], seeds_of(name, seeds), measure)[0]
+                            for arm in (claim.above, claim.below)), claim.sign)
+
+    claims = [(name, claim) for name in names for claim in ABLATIONS[name].claims]
+    found = [measured(name, claim, claim.measure) for name, claim in claims]
+    corrected = holm([p for *_, p in found])
+    rows = {name: [] for name in names}
+    for (name, claim), (mean, half, _), p in zip(claims, found, corrected):
+        there = measured(name, claim, TO_TEACHER)[:2] if claim.measure == DISTANCE else None
+        rows[name].append(row_of_claim(claim, mean, half, p, there))
+    lines = [f"A claim is reproduced, or not, where its p is below 0.05, corrected for their number, {len(claims)} "
+             "(Holm); else it is undecided. Differences have their own 95 % intervals.", ""]
     for name in names:
         ablation = ABLATIONS[name]
-        lines += [f"### {ablation.title}", "", *table_of_arms(ablation, seeds, out), "",
-                  *table_of_claims(ablation, seeds, out), ""]
+        lines += [f"### {ablation.title}", "", *table_of_arms(ablation, seeds_of(name, seeds), out), "",
+                  "| claim | measure | difference | p, corrected | verdict | in the distance to the teacher |",
+                  "|---|---|---|---|---|---|", *rows[name], ""]
         for picture in (f"{name}.png", f"{name}-curve.png"):
             if (out / picture).exists():
                 lines += [f"![{ablation.title}]({picture})", ""]
@@ -278,14 +342,13 @@ def table_of_arms(ablation, seeds, out):
     return lines
 
 
-def table_of_claims(ablation, seeds, out):
-    lines = ["| claim | measure | difference | verdict |", "|---|---|---|---|"]
-    for claim in ablation.claims:
-        above, below = (numbers(out, ablation.arms[arm], seeds, claim.measure)[0] for arm in (claim.above, claim.below))
-        mean, half, word = judge(above, below, claim.sign)
-        measure = " ".join(claim.measure).replace("distribution ", "").replace(" mean", "")
-        lines.append(f"| {claim.text} | {measure} | {claim.sign * mean:+.3f} ± {half:.3f} | {word} |")
-    return lines
+def row_of_claim(claim, mean, half, p, there):
+    """there: mean difference and half interval in the paper's own measure, the distance to the teacher, or None."""
+    measure = " ".join(claim.measure).replace("distribution ", "").replace(" mean", "")
+    agrees = f"{claim.sign * there[0]:+.3f} ± {there[1]:.3f}, {'agrees' if there[0] * mean > 0 else 'does not'}" \
+        if there else ""
+    return (f"| {claim.text} | {measure} | {claim.sign * mean:+.3f} ± {half:.3f} | {p:.3f} | {verdict(mean, p)} | "
+            f"{agrees} |")
 
 
 def sheet(name, args, rows=6):

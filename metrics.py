@@ -6,13 +6,19 @@ import numpy as np
 import torch
 
 
-def frechet_distance(a, b):
-    """Fréchet distance between Gaussians of the mean and covariance of two sets of features, (N, D) and (M, D).
+def gaussian(features):
+    """Mean (D,) and covariance (D, D) of features (N, D), in double precision."""
+    features = features.cpu().double()
+    return features.mean(0), torch.cov(features.T)
 
-    |μa - μb|² + tr(Ca + Cb - 2 (Ca^½ Cb Ca^½)^½) (Heusel et al. 2017), in double precision. Roots are taken of
-    eigenvalues of symmetric matrices: no complex parts, and singular covariances (few samples) do no harm.
+
+def frechet_distance(a, b):
+    """Fréchet distance between two Gaussians, each a mean (D,) and a covariance (D, D).
+
+    |μa - μb|² + tr(Ca + Cb - 2 (Ca^½ Cb Ca^½)^½) (Heusel et al. 2017). Roots are taken of eigenvalues of symmetric
+    matrices: no complex parts, and singular covariances (few samples) do no harm.
     """
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), torch.cov(x.T)) for x in (a.cpu().double(), b.cpu().double()))
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T                             # (D, D)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import metrics
 import parallel
 import shapes
 import weights
@@ -95,8 +96,8 @@ class Reconstruction(NamedTuple):
         return torch.cat([part.float().clamp(-1, 1).cpu() for part in decoded])
 
 
-def measure(samplers, model, quiet=False):
-    """shapes.measure of each sampler, and first of the autoencoder alone.
+def measure(samplers, model, teacher, quiet=False):
+    """shapes.measure of each sampler, and first of the autoencoder alone. teacher: as there, or None.
 
     What the tiny SD3 `model` carries in its measures.json, of its teacher and its autoencoder, is not measured again.
     """
@@ -106,13 +107,13 @@ def measure(samplers, model, quiet=False):
     for name, sampler in tqdm({AUTOENCODER: Reconstruction(vae), **samplers}.items(), desc="measuring", disable=quiet):
         ships = name == AUTOENCODER or name.startswith("teacher")
         found = known.get(options_key(sampler)) if ships else None
-        measured[name] = found or shapes.measure(sampler.images, recogniser)
+        measured[name] = found or shapes.measure(sampler.images, recogniser, teacher=teacher)
     return measured
 
 
 def write_metrics(file, samplers, model):
     """Measure the samplers, write it all and show the most of it. All processes must call it."""
-    measured = measure(samplers, model, quiet=not parallel.is_first())
+    measured = measure(samplers, model, known_teacher(model), quiet=not parallel.is_first())
     if parallel.is_first():
         weights.write_json(file, measured)
         print(table(measured))
@@ -130,6 +131,27 @@ def write_measures(samplers, measured, model):
     samplers = {**samplers, AUTOENCODER: Reconstruction(None)}
     known = {options_key(sampler): measured[name] for name, sampler in samplers.items()}
     weights.write_json(shapes.measures_file(model), {"model": weights.identity(model), "measures": known})
+
+
+def look_at_teacher(sampler, recogniser, captions=1024):
+    """metrics.gaussian of a teacher's samples, of other captions and seeds than those of shapes.measure."""
+    prompts, _, _ = shapes.draw_captions(captions, torch.Generator().manual_seed(60_000))
+    return metrics.gaussian(shapes.look(recogniser, sampler.images(prompts, range(60_000, 60_000 + captions)))[0])
+
+
+def write_teacher(teacher, model):
+    """Keep what look_at_teacher found beside a model's files, for known_teacher to find again."""
+    weights.write_safetensors(shapes.teacher_file(model), dict(zip(("mean", "covariance"), teacher)),
+                              {"model": weights.identity(model)})
+
+
+def known_teacher(model):
+    """What write_teacher kept, (mean, covariance); None where there is none, or the files were changed since."""
+    if not shapes.teacher_file(model).exists():
+        return None
+    with weights.open_safetensors(shapes.teacher_file(model)) as file:
+        if file.metadata()["model"] == weights.identity(model):
+            return file.get_tensor("mean"), file.get_tensor("covariance")
 
 
 def options_key(sampler):

@@ -182,6 +182,11 @@ def measures_file(folder):
     return Path(folder) / "measures.json"
 
 
+def teacher_file(folder):
+    """Mean and covariance of a teacher's samples in the recogniser's features (report.py)."""
+    return Path(folder) / "teacher_samples.safetensors"
+
+
 def is_tiny_world(model):
     """Whether a model draws scenes of the tiny world: it has the recogniser beside it."""
     return recogniser_file(model).exists()
@@ -229,18 +234,19 @@ def look_at_truth(recogniser, renders, samples):
 
 
 @torch.no_grad()
-def measure(draw, recogniser, captions=256, samples=64, renders=2048, draws=100):
+def measure(draw, recogniser, captions=256, samples=64, renders=2048, draws=100, teacher=None):
     """What a generator's images are worth: {measure: {of what: (value, standard error)}}.
 
     draw(prompts, seeds) -> images (N, 3, 64, 64) in [-1, 1], on the CPU, of the prompts and seeds of drawn_prompts. The
-    errors are those of so many images, by so many bootstrap `draws`.
+    errors are those of so many images, by so many bootstrap `draws`. teacher: metrics.gaussian of a teacher's samples.
 
     adherence       share of right values among the attributes that the random captions name; "whole prompt": share of
                     the images in which all that is named is right
     coverage        normalised entropy of an attribute, mean over the prompts that leave it open; the truth scores 1
     distribution    Fréchet distance, precision and recall of the images of the random captions against so many
-                    `renders`, in the recogniser's features; "diversity": mean distance between images of one prompt in
-                    them, as a share of the truth's
+                    `renders`, in the recogniser's features; "to the teacher": Fréchet distance to its samples, the
+                    paper's measure (Table 1); "diversity": mean distance between images of one prompt, as a share of
+                    the truth's
     fidelity        distance of an image of the random captions to the nearest scene (nearest_scene): its mean, the
                     value that 90 % stay below, and the share of "clean" images, which are below CLEAN
     spectrum        power of these images in the top octaves, against that of the renders, in dB; the truth is at 0
@@ -266,8 +272,12 @@ def measure(draw, recogniser, captions=256, samples=64, renders=2048, draws=100)
                   / (len(NAMES) - 1) for i, name in enumerate(NAMES)}
         return {"mean": sum(values.values()) / len(NAMES), **values}
 
+    true = metrics.gaussian(true_features)
+
     def distance(index):
-        return {"Fréchet distance": metrics.frechet_distance(of_captions[index], true_features)}
+        some = metrics.gaussian(of_captions[index])
+        return {"Fréchet distance": metrics.frechet_distance(some, true),
+                **({"to the teacher": metrics.frechet_distance(some, teacher)} if teacher else {})}
 
     def diversity(index):
         return {"diversity": (metrics.pairwise_distance(alone[:, index]) / true_diversity).mean().item()}

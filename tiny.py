@@ -76,11 +76,13 @@ def make(folder, seed, arithmetic, train_part):
     teacher = Pipeline(*(part.half().float() for part in (mmdit, vae, text)), SHIFT)  # as its files will have it
     samplers = teacher_samplers(teacher)
     with arithmetic.passes():
-        measured = report.measure(samplers, folder)
+        samples = report.look_at_teacher(samplers[f"teacher, 28 steps, w = {STUDENT_GUIDANCE}"], recogniser.cpu())
+        measured = report.measure(samplers, folder, samples)
     best = max(GUIDANCES, key=lambda w: measured[f"teacher, 28 steps, w = {w}"]["adherence"]["mean"][0])
     save_pipeline(teacher, folder, {"guidance": str(float(best))}, dtype=torch.float16)
     for name in ENCODERS.values():
         shutil.copytree(TINY / name, folder / name, dirs_exist_ok=True)
+    report.write_teacher(samples, folder)
     report.write_measures(samplers, measured, folder)  # last: they name the model as it lies there
     print(f"{report.table(measured)}\n\ntiny SD3: {folder}, best guidance w = {best}")
 

@@ -437,6 +437,10 @@ def flush(path):
         os.close(handle)
 
 
+class Busy(UserError):
+    """Another process is at it."""
+
+
 @contextmanager
 def alone_in(folder):
     """Hold a folder against other runs, by a lock of the system's that ends with the process, however it ends."""
@@ -444,7 +448,7 @@ def alone_in(folder):
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
-        raise UserError(f"{folder}: another run is writing there; wait for its end, or choose another --out") from error
+        raise Busy(f"{folder}: another run is writing there; wait for its end, or choose another --out") from error
     try:
         for part in folder.rglob("*.part"):  # of a run that was killed while it wrote
             part.unlink()

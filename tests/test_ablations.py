@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from scipy import stats
 
 import ablations
 import evaluate
@@ -26,7 +28,14 @@ from commandline import UserError
     ([0.9], [0.1], 1, "undecided"),                               # one seed decides nothing
 ])
 def test_a_claim_is_judged_by_its_spread_over_seeds(above, below, sign, word):
-    assert ablations.judge(np.array(above), np.array(below), sign)[2] == word
+    mean, _, p = ablations.difference(np.array(above), np.array(below), sign)
+    assert ablations.verdict(mean, p) == word
+
+
+def test_the_p_of_a_claim_is_scipys_and_many_are_corrected_as_by_hand():
+    above, below = np.array([2.0, 4, 7]), np.array([1.0, 2, 3])
+    assert ablations.difference(above, below, 1)[2] == pytest.approx(stats.ttest_rel(above, below).pvalue)
+    assert ablations.holm([0.04, 0.01, 0.03, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])  # 3 · .03; and no less
 
 
 def test_stage_2s_real_images_are_those_of_our_student_of_4_steps_after_both_stages_and_its_are_the_teachers():
@@ -37,7 +46,7 @@ def test_stage_2s_real_images_are_those_of_our_student_of_4_steps_after_both_sta
 
 def test_the_interval_of_a_difference_is_that_of_student():
     """Differences 1, 2 and 3: mean 2, standard deviation 1, t(0.975, 2) = 4.3027."""
-    mean, half, _ = ablations.judge(np.array([2.0, 4, 6]), np.array([1.0, 2, 3]), 1)
+    mean, half, _ = ablations.difference(np.array([2.0, 4, 6]), np.array([1.0, 2, 3]), 1)
     assert mean == 2 and half == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
 
 
@@ -89,6 +98,20 @@ def test_what_is_finished_is_not_done_again(out, monkeypatch):
     assert (out / "ablate.md").read_text() == report
 
 
+def test_what_another_process_is_at_is_left_for_later(out, tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(ablations, "open_arm", lambda arm, *more, honest=ablations.open_arm:
+                        order.append(arm) or honest(arm, *more))
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], str(tmp_path)])
+    first, last = ARMS["teacher"], ARMS["student"]
+    busy = FileLock(ablations.measured_file(tmp_path, first, 0).with_suffix(".lock"))
+    busy.lock_file and ablations.measured_file(tmp_path, first, 0).parent.mkdir()
+    monkeypatch.setattr(ablations.time, "sleep", lambda seconds: busy.release())
+    busy.acquire()
+    evaluate.main()
+    assert order.index(last) < order.index(first) and ablations.measured_file(tmp_path, first, 0).exists()
+
+
 def test_runs_made_with_other_settings_are_refused(out, monkeypatch):
     monkeypatch.setitem(train.PRESETS["tiny"][1], "student_lr", 1.0)
     with pytest.raises(UserError, match="other settings"):
@@ -110,5 +133,5 @@ def test_differences_are_reported_in_the_units_of_the_measure(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablations, "ABLATIONS", {"t": ablation})
         report = ablations.report(["t"], 3, tmp_path)
-    assert "| closer | Fréchet distance | -21.000 ± 2.484 | reproduced |" in report
+    assert "| closer | Fréchet distance | -21.000 ± 2.484 | 0.001 | reproduced | +0.000 ± 0.000, does not |" in report
     assert "| a | 3 |" in report and "| 11.0 ± 1.0 |" in report
