@@ -10,12 +10,14 @@ A model is a file, a folder or a Hugging Face id; PATH@steps=4,guidance=2,shift=
 """
 
 import hashlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageOps
+from scipy import stats
 from tqdm import tqdm
 
 import ablations
@@ -34,7 +36,7 @@ from commandline import CommandLine, UserError
 from mmdit import load_mmdit
 from networks import fast_bf16
 from pictures import figure_for, picture_bytes, to_picture, write_picture
-from pipeline import DTYPES, TINY, load_pipeline, open_sampler, split_model
+from pipeline import DTYPES, TINY, Sampler, load_pipeline, open_sampler, split_model
 from prompts import read_prompts
 
 CLIP, VISION_MODEL = "openai/clip-vit-large-patch14", "facebook/dinov2-large"
@@ -74,6 +76,8 @@ def main():
     four = add_command(commands, reuse, "how much each block changes from the first step to the second (Fig. 5a)")
     four.add_argument("model", nargs="?", default=str(TINY), metavar="MODEL", help="a student (default: the tiny SD3)")
     four.add_argument("--prompts", help="a file (default: captions of the tiny world)")
+    four.add_argument("--ranges", action="store_true", help="tiny world: also re-use every range of blocks, and say "
+                      "whether the errors foretell what that costs")
 
     five = add_command(commands, score, "how far teacher and fake score are from the true one, level by level")
     five.add_argument("model", metavar="RUN", help="a run of Stage I in the tiny world; it keeps its fake score")
@@ -339,12 +343,40 @@ def reuse(args, n=64):
     levels = f"from σ = {nodes[0]:.3g} to {nodes[1]:.3g}"
     weights.write_text(args.out / "reuse.md", f"{args.model}, {levels}, {len(prompts)} prompts\n\n{table}\n")
     print(f"{table}\n\n{levels}; the last block leaves the text as it is")
+    if args.ranges:
+        every_range(args, pipeline, nodes, errors)
     with figure_for(args.out / "reuse.png", size=(6, 3)) as figure:
         if figure:
             axes = figure.subplots()
             axes.plot(errors, marker="o", label=("image", "text"))
             axes.set(xlabel="block", ylabel="reuse error", yscale="log")
             axes.legend()
+
+
+def every_range(args, pipeline, nodes, errors, samples=32):
+    """Plain re-use of every range of blocks in a row: what it costs in quality, and whether `errors` foretell it.
+
+    The paper picks blocks whose own errors are low (Fig. 5a, 12). errors (blocks, 2), of `reuse`.
+    """
+    recogniser, depth = shapes.load_recogniser(TINY), len(errors)
+    lines, found = ["| blocks | evaluations | errors, summed | adherence | fidelity |", "|---|---|---|---|---|"], {}
+    for first, last in tqdm([(a, b) for a in range(depth) for b in range(a, depth)], desc="ranges"):
+        sampler = Sampler(replace(pipeline, cache=cache.Cache((first, last))), {"sigmas": nodes, "guidance": 1.0})
+        measured = shapes.measure(sampler.images, recogniser, samples=samples)
+        row = (errors[first:last + 1, 0].sum().item(), *(measured[name]["mean"][0] for name in ("adherence", "fidelity")))
+        found.setdefault(last + 1 - first, {})[f"{first}-{last}"] = row
+        cost = cache.effective_nfe(depth, (first, last), len(nodes) - 1)
+        lines.append(f"| {first}-{last} | {cost:.2f} | {row[0]:.2f} | {row[1]:.3f} | {row[2]:.4f} |")
+    lines += ["", "| blocks in a row | lowest errors | least distance | rank correlation of errors and distance |",
+              "|---|---|---|---|"]
+    for length, rows in found.items():
+        if len(rows) > 2:
+            foretold, best = min(rows, key=lambda name: rows[name][0]), min(rows, key=lambda name: rows[name][2])
+            summed, _, distance = zip(*rows.values())
+            lines.append(f"| {length} | {foretold} | {best} | {stats.spearmanr(summed, distance).statistic:+.2f} |")
+    text = "\n".join(lines)
+    weights.write_text(args.out / "ranges.md", text + "\n")
+    print(text)
 
 
 # -------------------------------------------------------------------------------------------------------- true score
