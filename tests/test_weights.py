@@ -108,7 +108,8 @@ def test_the_network_is_in_the_file_of_the_usual_name_in_full_precision_first(tm
 
 def test_an_index_in_full_precision_comes_before_fp16_and_lists_files_of_its_folder_only(tmp_path):
     for variant, shards in ((".fp16", ["half"]), ("", ["b", "a"])):
-        (tmp_path / f"model.safetensors.index{variant}.json").write_text(json.dumps({"weight_map": dict(enumerate(shards))}))
+        index = json.dumps({"weight_map": dict(enumerate(shards))})
+        (tmp_path / f"model.safetensors.index{variant}.json").write_text(index)
     for name in ("a", "b", "half", "model.fp16.safetensors"):
         (tmp_path / name).touch()
     assert weights.find_shards(tmp_path) == [tmp_path / "a", tmp_path / "b"]
@@ -152,13 +153,8 @@ def test_parts_that_are_links_count_as_what_they_point_to(make_pair, tmp_path):
 def test_a_model_that_goes_without_its_t5_is_another(make_pair, tmp_path):
     folder = shutil.copytree(make_pair("SD3-Medium", "folder").path, tmp_path / "model")
     before = weights.identity(folder)
-    go_without_t5(folder)
+    weights.write_json(folder / "model_index.json", {**weights.model_index(folder), "text_encoder_3": [None, None]})
     assert weights.identity(folder) != before
-
-
-def go_without_t5(folder):
-    index = {**weights.model_index(folder), "text_encoder_3": [None, None], "tokenizer_3": [None, None]}
-    weights.write_json(folder / "model_index.json", index)
 
 
 # --------------------------------------------------------------------------------------------------- Hugging Face hub
