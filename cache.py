@@ -11,6 +11,7 @@ which step runs which blocks (CachedSteps), and what a step then costs.
 
 import json
 import re
+from operator import index
 from pathlib import Path
 from typing import NamedTuple
 
@@ -190,8 +191,8 @@ def load_cache(folder, model, device="cpu", dtype=torch.float32):
     with weights.open_safetensors(file) as opened:
         header = opened.metadata() or {}
     try:
-        (first, last), = json.loads(header.get("ranges", "[]"))
-        check_blocks((first, last), len(model.joint_blocks), steps=2)
+        (first, last), = weights.parse_json(header.get("ranges", "[]"), "its range of blocks")
+        check_blocks((index(first), index(last)), len(model.joint_blocks), steps=2)
     except (ValueError, TypeError, weights.UserError) as error:
         raise weights.UserError(f"{file}: a compensator that does not fit the student ({error})") from error
     cache = new_cache((first, last), model.pos_embed.shape[2])

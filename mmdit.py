@@ -218,9 +218,6 @@ def attention(q, k, v):
 
 # ---------------------------------------------------------------------------------------------- load and save
 
-HEAD_WIDTH = 64  # of every SD3; the number of heads is the one size that the tensors do not show
-
-
 def load_mmdit(path, device="cpu", dtype=torch.float32):
     """The transformer of a Stability file, a diffusers folder, its `transformer/`, or a Hugging Face repository id.
 
@@ -236,9 +233,7 @@ def empty_mmdit(source):
     """A network of the size that the tensors of a file show, without memory for weights."""
     depth = source.depth("joint_blocks.{}.x_block.attn.proj.weight")
     width, channels, patch, _ = source.shape("x_embedder.proj.weight", dimensions=4)
-    heads = source.config.get("num_attention_heads", max(1, width // HEAD_WIDTH))
-    if not isinstance(heads, int) or heads < 1 or width % heads:
-        raise weights.UserError(f"{source.path}: a width of {width} cannot be shared out among {heads} heads")
+    heads = source.heads(width)
     with torch.device("meta"):
         return MMDiT(
             depth=depth, width=width, heads=heads, channels=channels, patch=patch,

@@ -18,7 +18,7 @@ from cache import Cache, CachedSteps, check_blocks, load_cache, save_cache
 from commandline import UserError
 from mmdit import MMDiT, load_mmdit, save_mmdit
 from text import (TextEncoders, check_widths, load_text_encoders, save_text_encoders, save_tokenizers,
-                  single_file_tensors)
+                  single_file_settings, single_file_tensors)
 from vae import VAE, load_vae, save_vae
 
 TINY = Path(__file__).parent / "tiny-sd3"
@@ -44,6 +44,8 @@ class Pipeline:
     def sigmas(self, steps=None, shift=None):
         """The noise levels to sample along: a student's own nodes, or SD3's published schedule for a teacher."""
         own = self.carried("sigmas")
+        if own is not None and not falling(own):
+            raise UserError(f"sigmas = {weights.in_short(own)}, in the model's header, do not fall from at most 1 to 0")
         if own and shift is None and steps in (None, len(own) - 1):
             return torch.tensor(own)
         shift = shift or self.shift
@@ -51,16 +53,17 @@ class Pipeline:
 
     def guidance(self):
         own = self.carried("guidance")
-        return 7.0 if own is None else float(own)
+        return 7.0 if own is None else weights.parse_number(own, "guidance, in the model's header,")
 
     def carried(self, name):
         """What the model says of itself in its tensor file's header, or None. Raises UserError if it is no JSON."""
         text = self.mmdit.metadata.get(name, "null")
-        return weights.parse_json(text, f"{name} = {text}, in the model's header,")
+        return weights.parse_json(text, f"{name} = {weights.in_short(text)}, in the model's header,")
 
     def latent_shape(self, size=None):
         """(C, h, w) of the latents of an image of `size` (H, W), by default the model's own."""
-        side = self.mmdit.metadata.get("sample_size", min(128, self.mmdit.patch * self.mmdit.pos_max))
+        side = self.mmdit.metadata.get("sample_size")  # null, too, stands for the usual one
+        side = min(128, self.mmdit.patch * self.mmdit.pos_max) if side is None else side
         side = int(weights.parse_number(side, "the model's sample_size", least=0))
         h, w = (pixels // self.vae.factor for pixels in size) if size else (side, side)
         self.mmdit.grid_size(h, w)
@@ -78,6 +81,12 @@ class Pipeline:
         """How many images of `size` are drawn at once."""
         _, h, w = self.latent_shape(size)
         return max(1, LATENTS_AT_ONCE // (h * w))
+
+
+def falling(levels):
+    """Whether noise levels from a file can be sampled along."""
+    return (isinstance(levels, list) and len(levels) > 1 and all(isinstance(level, (int, float)) for level in levels)
+            and levels[0] <= 1 and levels[-1] == 0 and all(a > b for a, b in zip(levels, levels[1:])))
 
 
 # -------------------------------------------------------------------------------------------------------- drawing
@@ -175,15 +184,22 @@ def load_pipeline(path, device="cpu", dtype=torch.float32, mmdit=None, text=None
 def find_shift(path, mmdit):
     """Of a folder, as its scheduler says; of a single file, as its header says; else SD3's 3."""
     file = path / "scheduler" / "scheduler_config.json"
-    shift = (weights.read_json(file) if file.exists() else mmdit.metadata).get("shift", 3.0)
-    return weights.parse_number(shift, f"{file if file.exists() else path}: shift", least=0)
+    settings, file = (weights.read_json(file), file) if file.exists() else (mmdit.metadata, path)
+    for name in OTHER_LEVELS:
+        if settings.get(name):
+            raise UserError(f"{file}: {name} makes other noise levels than SD3's, which cannot be sampled along; "
+                            "set it to false")
+    return weights.parse_number(settings.get("shift", 3.0), f"{file}: shift", least=0)
+
+
+OTHER_LEVELS = ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas",
+                "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")  # settings of diffusers' scheduler
 
 
 def save_pipeline(pipeline, folder, metadata=None, dtype=None):
     """Write all of an SD3 as a diffusers folder, which load_pipeline and diffusers both read.
 
-    `dtype` is that of the transformer and the autoencoder in the files. The text encoders keep theirs: transformers
-    opens an encoder in the dtype of its file, diffusers the other parts in fp32, and a mixture does not run.
+    `dtype` is that of the transformer and the autoencoder in the files; the text encoders keep theirs.
     """
     folder = Path(folder)
     sample_size = pipeline.latent_shape()[1]
@@ -224,8 +240,9 @@ def save_single_file(pipeline, file, metadata=None):
     projection = pipeline.text.clip_l.text_projection.weight  # the identity in SD3, not in the tiny SD3
     projected = not torch.equal(projection, torch.eye(*projection.shape).to(projection))
     header = {"clip_l_projected": projected, "shift": pipeline.shift, "sample_size": pipeline.latent_shape()[1],
+              "transformer.num_attention_heads": pipeline.mmdit.joint_blocks[0].x_block.attn.heads,
               "scaling_factor": vae.scale, "shift_factor": vae.shift,
-              "norm_num_groups": vae.encoder.norm_out.num_groups}
+              "norm_num_groups": vae.encoder.norm_out.num_groups, **single_file_settings(pipeline.text)}
     header = {name: str(value) for name, value in header.items()}
     weights.write_safetensors(file, tensors, {**header, **(metadata or {})})
     save_tokenizers(pipeline.text, file.parent)

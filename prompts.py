@@ -126,8 +126,8 @@ class CachedText:
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
 
     def open(self):
-        """The encoders, on the CPU."""
-        return load_text_encoders(self.model, "cpu", self.dtype)
+        """The encoders as they are stored, on the CPU."""
+        return load_text_encoders(self.model, "cpu", None)
 
     def encode_all(self, prompts):
         """Encode those of the prompts that are not there yet, each process its share."""

@@ -7,17 +7,17 @@ place.
 """
 
 import sys
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 from transformers.utils import logging as transformers_logging
 
 import weights
 from commandline import UserError
 
-HEAD_WIDTH = 64    # of both CLIPs; a single file does not tell
 T5_LENGTH = 256    # tokens, as in diffusers and the paper; a tokenizer with a smaller maximum keeps its own
 SHOWN = 3          # prompts too long for a reader, whose lost end is shown
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}  # L, G, T5
@@ -90,12 +90,12 @@ def check_widths(text, mmdit, path):
 def load_text_encoders(path, device="cpu", dtype=torch.float32):
     """The text encoders of a diffusers folder, of a Stability file that has them, or of a Hugging Face repository id.
 
-    T5 may be absent. Raises UserError where anything else is missing, is damaged or does not fit the rest.
+    T5 may be absent. dtype None: each as it is stored. Raises UserError where anything else is missing, is damaged or
+    does not fit the rest.
     """
     path = weights.find_model(path)
     silence_transformers()
-    load = load_from_file if path.is_file() else load_from_folder
-    models, tokenizers = zip(*(load(path, name, dtype) for name in ENCODERS))
+    models, tokenizers = zip(*(load_encoder(path, name, dtype) for name in ENCODERS))
     for model, tokenizer in zip(models, tokenizers):
         if model is not None:
             check_tokenizer(tokenizer, model)
@@ -111,66 +111,81 @@ def load_text_encoders(path, device="cpu", dtype=torch.float32):
 
 
 def silence_transformers():
-    """No progress bars and no reports of several lines on stderr: `checked` says what is wrong with a file."""
+    """No progress bars and no reports of several lines on stderr: `weights` says what is wrong with a file."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
 
-def load_from_folder(folder, name, dtype):
-    """The encoder `name` of a diffusers folder and its tokenizer, or (None, None) for a T5 that is absent."""
-    if name == "text_encoder_3" and not (folder / name).is_dir():
-        return None, None
-    for part in (name, ENCODERS[name]):
-        if not (folder / part).is_dir():
-            raise UserError(f"{folder}: a model without {part}/ cannot read prompts")
-    kind = T5EncoderModel if name == "text_encoder_3" else CLIPTextModelWithProjection
-    variant = "fp16" if "fp16" in weights.find_shards(folder / name)[0].name else None
-    with weights.library_errors(folder / name, "be read as a text encoder"):
-        model, report = kind.from_pretrained(folder / name, dtype=dtype, variant=variant, use_safetensors=True,
-                                             ignore_mismatched_sizes=True, output_loading_info=True)
-    return checked(model, report, folder / name), load_tokenizer(folder / ENCODERS[name])
-
-
-# In a single file the encoders come without settings and tokenizers. Sizes are read off the tensors. The tokenizers are
-# looked for beside the file and else fetched from the repositories of their makers.
 IN_FILE = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 MAKERS = {"text_encoder": "openai/clip-vit-large-patch14", "text_encoder_2": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
-          "text_encoder_3": "google/t5-v1_1-xxl"}
+          "text_encoder_3": "google/t5-v1_1-xxl"}  # of tokenizers, if a single file has none beside it
+AGAIN = "encoder.embed_tokens.weight"  # T5's `shared.weight` under another name
+HARMLESS = (AGAIN, "logit_scale", "text_projection.weight", "text_model.embeddings.position_ids")  # in published files
 
 
-def load_from_file(path, name, dtype):
-    """The encoder `name` of a single file and its tokenizer, or (None, None) for a T5 that is absent."""
-    prefix = weights.PREFIXES[IN_FILE[name]]
-    with weights.open_safetensors(path) as file:
-        names = [key.removeprefix(prefix) for key in file.keys() if key.startswith(prefix)]
-    if not names and name == "text_encoder_3":
+def load_encoder(path, name, dtype):
+    """The encoder `name` and its tokenizer, or (None, None) for a T5 that is absent. Sizes are read off the tensors."""
+    if not has_encoder(path, name):
         return None, None
-    if not names:
-        raise UserError(f"{path}: holds no text encoders; use a file that includes them, or a diffusers folder")
-    source = weights.NetworkFiles(path, IN_FILE[name])
-    beside = path.parent / ENCODERS[name]
-    tokenizer = load_tokenizer(beside if beside.is_dir() else MAKERS[name])
-    state = {key: source.read(key) for key in names}
-    if name == "text_encoder_3":
-        kind, config = T5EncoderModel, t5_config(source)
-    else:  # CLIP-L's pooled state is used as it is, whatever projection a published file carries
-        projected = name == "text_encoder_2" or source.metadata.get("clip_l_projected") == "True"
-        activation = "quick_gelu" if name == "text_encoder" else "gelu"
-        kind, config = CLIPTextModelWithProjection, clip_config(source, tokenizer, activation, projected)
-        if not projected:
-            state["text_projection.weight"] = torch.eye(config.projection_dim)
-    with weights.library_errors(path, f"be read as {IN_FILE[name]}"):
-        model, report = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype,
-                                             ignore_mismatched_sizes=True, output_loading_info=True)
-    return checked(model, report, path), tokenizer
+    part, single = IN_FILE[name], path.is_file()
+    source = weights.NetworkFiles(path if single else path / name, part)
+    beside = (path.parent if single else path) / ENCODERS[name]
+    tokenizer = load_tokenizer(MAKERS[name] if single and not beside.is_dir() else beside)
+    # in a single file, CLIP-L's pooled state is used as it is, whatever projection is published with it
+    projected = not single or part != "clip_l" or source.metadata.get("clip_l_projected") == "True"
+    kind = T5EncoderModel if part == "t5xxl" else CLIPTextModelWithProjection
+    settings = t5_settings(source) if part == "t5xxl" else clip_settings(source, part, tokenizer, projected)
+    with weights.library_errors(source.path, f"be read as {part}"):
+        config = kind.config_class(**settings)
+        with torch.device("meta"):
+            shapes = {key: list(tensor.shape) for key, tensor in kind(config).state_dict().items() if key != AGAIN}
+    if not projected:
+        del shapes["text_projection.weight"]
+    weights.check_tensors(source, shapes, HARMLESS)
+    state = {key: source.read(key) for key in shapes}
+    stored = reduce(torch.promote_types, (t.dtype if t.itemsize > 1 else torch.bfloat16 for t in state.values()))
+    if not projected:
+        state["text_projection.weight"] = torch.eye(config.projection_dim)
+    with weights.library_errors(source.path, f"be read as {part}"):
+        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or stored)
+    for key, tensor in model.state_dict().items():
+        weights.check_finite(source.path, key, tensor)
+    return model if dtype else model.to(stored), tokenizer  # transformers keeps some of T5 in fp32
 
 
-def clip_config(source, tokenizer, activation, projected):
-    tokens = "text_model.embeddings.token_embedding.weight"
-    vocabulary, width = source.shape(tokens, dimensions=2)
-    check_heads(source, tokens, width, HEAD_WIDTH)
-    return CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=width, num_attention_heads=width // HEAD_WIDTH, hidden_act=activation,
+def has_encoder(path, name):
+    """Whether a model has the encoder `name`: False for T5 only, and not where it should have one."""
+    part, is_t5 = IN_FILE[name], name == "text_encoder_3"
+    if path.is_file():
+        with weights.open_safetensors(path) as file:
+            names = [key for key in file.keys() if key.startswith(weights.TEXT_PREFIX)]
+        known = tuple(weights.PREFIXES[each] for each in IN_FILE.values())
+        lost = [key for key in names if not key.startswith(known) and not key.endswith("logit_scale")]
+        if any(key.startswith(weights.PREFIXES[part]) for key in names):
+            return True
+        if not is_t5:
+            raise UserError(f"{path}: holds no text encoders; use a file that includes them, or a diffusers folder")
+        if lost:
+            raise UserError(f"{path}: tensor {min(lost)} is of no text encoder, since T5's begin with "
+                            f"{weights.PREFIXES[part]}; to go without T5, take a file that has nothing of it")
+        return False
+    index = weights.model_index(path)
+    if is_t5 and (index[name] == weights.ABSENT if name in index else not (path / name).is_dir()):
+        return False
+    for folder in (name, ENCODERS[name]):
+        if not (path / folder).is_dir():
+            raise UserError(f"{path}: a model without {folder}/ cannot read prompts" + is_t5 * (
+                '; to go without T5, let model_index.json say "text_encoder_3": [null, null]'))
+    return True
+
+
+def clip_settings(source, part, tokenizer, projected):
+    """What a CLIPTextConfig takes."""
+    vocabulary, width = source.shape("text_model.embeddings.token_embedding.weight", dimensions=2)
+    return dict(
+        vocab_size=vocabulary, hidden_size=width, num_attention_heads=source.heads(width),
+        hidden_act=source.config.get("hidden_act", "quick_gelu" if part == "clip_l" else "gelu"),
+        layer_norm_eps=source.number("layer_norm_eps", 1e-5, least=0),
         projection_dim=source.shape("text_projection.weight", dimensions=2)[0] if projected else width,
         intermediate_size=source.shape("text_model.encoder.layers.0.mlp.fc1.weight", dimensions=2)[0],
         num_hidden_layers=source.depth("text_model.encoder.layers.{}.mlp.fc1.weight"),
@@ -178,52 +193,38 @@ def clip_config(source, tokenizer, activation, projected):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
-def t5_config(source):
+def t5_settings(source):
+    """What a T5Config takes."""
     vocabulary, width = source.shape("shared.weight", dimensions=2)
     attention = "encoder.block.0.layer.0.SelfAttention."
     buckets, heads = source.shape(attention + "relative_attention_bias.weight", dimensions=2)
     rows, _ = source.shape(attention + "q.weight", dimensions=2)
-    check_heads(source, attention + "q.weight", rows, heads)
-    return T5Config(
+    if rows % heads:
+        raise UserError(f"{source.path}: tensor {source.prefix}{attention}q.weight has {rows} rows, no multiple of "
+                        f"{heads} heads")
+    return dict(
         vocab_size=vocabulary, d_model=width, num_heads=heads, d_kv=rows // heads,
+        feed_forward_proj=source.config.get("feed_forward_proj", "gated-gelu"),
+        layer_norm_epsilon=source.number("layer_norm_epsilon", 1e-6, least=0),
         num_layers=source.depth("encoder.block.{}.layer.0.SelfAttention.q.weight"),
         d_ff=source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", dimensions=2)[0],
-        relative_attention_num_buckets=buckets, feed_forward_proj="gated-gelu")
-
-
-def check_heads(source, name, size, parts):
-    """Raise UserError where a size that was read off tensor `name` cannot be shared out among heads."""
-    if size % parts:
-        raise UserError(f"{source.path}: tensor {source.prefix}{name} has a size of {size}, no multiple of {parts}")
+        relative_attention_num_buckets=buckets)
 
 
 def load_tokenizer(source):
     """A tokenizer, from a folder or a Hugging Face repository."""
     with weights.library_errors(source, "be read as a tokenizer"):
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def check_tokenizer(tokenizer, model):
     """Raise UserError where a tokenizer isn't the encoder's own. Without its files, transformers makes an empty one."""
-    size, known, longest = len(tokenizer), model.config.vocab_size, tokenizer.model_max_length
-    if not known / 2 < size <= known or tokenizer.pad_token is None or not isinstance(longest, int) or longest < 2:
-        raise UserError(f"{tokenizer.name_or_path}: no tokenizer of its encoder: {size} tokens, where that one knows "
-                        f"{known}; {tokenizer.pad_token} as padding; at most {longest} tokens a prompt")
-
-
-def checked(model, report, path):
-    """A model that transformers loaded, if it found its tensors, of the right shapes, finite, and no other layers."""
-    layers = ("text_model.encoder.layers.", "encoder.block.")
-    left_over = [name for name in report["unexpected_keys"] if name.startswith(layers)]
-    for problem, names in (("is missing", report["missing_keys"]), ("does not belong there", left_over)):
-        if names:
-            raise UserError(f"{path}: tensor {min(names)} {problem}")
-    for name, found, expected in sorted(report["mismatched_keys"]):
-        raise UserError(f"{path}: tensor {name} has shape {list(found)}, expected {list(expected)}")
-    for name, tensor in model.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: tensor {name} is not finite (NaN or infinity)")
-    return model
+    known, longest, words = model.config.vocab_size, tokenizer.model_max_length, tokenizer.get_vocab()
+    if (not known / 2 < len(words) <= known or max(words.values()) >= known or not isinstance(longest, int)
+            or longest < 2 or None in (tokenizer.pad_token, tokenizer.eos_token)):
+        raise UserError(f"{tokenizer.name_or_path}: no tokenizer of its encoder: {len(words)} tokens up to "
+                        f"{max(words.values(), default=0)}, where that one knows {known}; {tokenizer.pad_token} as "
+                        f"padding, {tokenizer.eos_token} as the end; at most {longest} tokens a prompt")
 
 
 # -------------------------------------------------------------------------------------------------------- save
@@ -231,9 +232,18 @@ def checked(model, report, path):
 def single_file_tensors(text):
     """The encoders' tensors under the names of Stability's single file, without its prefix."""
     models = {"clip_l": text.clip_l, "clip_g": text.clip_g, "t5xxl": text.t5}
-    again = "encoder.embed_tokens.weight"  # T5's `shared.weight` under another name
     return {f"{name}.transformer.{key}": tensor for name, model in models.items() if model is not None
-            for key, tensor in model.state_dict().items() if key != again}
+            for key, tensor in model.state_dict().items() if key != AGAIN}
+
+
+def single_file_settings(text):
+    """What the tensors do not show of the encoders, for the header of a single file."""
+    names = {"clip_l": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
+             "clip_g": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
+             "t5xxl": ("feed_forward_proj", "layer_norm_epsilon")}
+    models = {"clip_l": text.clip_l, "clip_g": text.clip_g, "t5xxl": text.t5}
+    return {f"{part}.{name}": getattr(model.config, name)
+            for part, model in models.items() if model is not None for name in names[part]}
 
 
 def save_tokenizers(text, folder):
@@ -243,9 +253,15 @@ def save_tokenizers(text, folder):
 
 
 def save_text_encoders(text, folder):
-    """Write the encoders and tokenizers in the diffusers layout, `folder`/text_encoder, `folder`/tokenizer, …"""
+    """Write the encoders and tokenizers in the diffusers layout, `folder`/text_encoder, `folder`/tokenizer, …
+
+    Each keeps its dtype in the file, but its settings say fp32: transformers opens it in that, as diffusers does the
+    rest, and a mixture does not run.
+    """
     silence_transformers()
     for model, name in zip((text.clip_l, text.clip_g, text.t5), ENCODERS):
         if model is not None:
             model.save_pretrained(folder / name)
+            config = folder / name / "config.json"
+            weights.write_json(config, {**weights.read_json(config), "dtype": "float32"})
     save_tokenizers(text, folder)

@@ -167,8 +167,8 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     source = weights.NetworkFiles(path, "vae")
     levels = source.depth("encoder.down.{}.block.0.conv2.weight")
     widths = [source.shape(f"encoder.down.{i}.block.0.conv2.weight", dimensions=4)[0] for i in range(levels)]
-    groups = read_number(source, "norm_num_groups", 32)
-    scale, shift = read_number(source, "scaling_factor", 1.5305), read_number(source, "shift_factor", 0.0609)
+    groups = source.number("norm_num_groups", 32)
+    scale, shift = source.number("scaling_factor", 1.5305), source.number("shift_factor", 0.0609)
     if groups < 1 or groups % 1 or any(width % groups for width in widths):
         raise UserError(f"{source.path}: {widths} channels cannot be normed in {groups:g} groups")
     if scale == 0:
@@ -178,12 +178,6 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     with torch.device("meta"):
         model = VAE(widths, layers, channels, int(groups), scale, shift)
     return weights.load_tensors(model, source, device, dtype).requires_grad_(False).eval()
-
-
-def read_number(source, name, default):
-    """A number of config.json or, for a single file, of the header. Raises UserError where it is none."""
-    value = source.config.get(name, source.metadata.get(name, default))
-    return weights.parse_number(value, f"{source.path}: {name}")
 
 
 def save_vae(vae, folder, dtype=None):

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import errors as hub
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from commandline import UserError
 
@@ -59,8 +59,10 @@ def identity(path, *more):
     Of large files, the length and 64 samples of 4 KB: training changes all of a network. `more`: what else matters.
     """
     path = find_model(path)
-    folders = [path / name for name in COMPONENTS] if (path / "model_index.json").exists() else [path]
-    files = [path] if path.is_file() else [file for folder in folders for file in folder.rglob("*") if file.is_file()]
+    index = model_index(path)
+    folders = [path / name for name in COMPONENTS if index.get(name) != ABSENT] + [path] * (not index)
+    files = [path] if path.is_file() else [file for folder in folders if folder.is_dir() for file in folder.iterdir()
+                                           if file.is_file()]
     digest = hashlib.sha256(repr(more).encode())
     for file in sorted(files):
         size = file.stat().st_size
@@ -70,6 +72,15 @@ def identity(path, *more):
                 opened.seek(i * (size // 64))
                 digest.update(opened.read(4096 if size > 64 * 4096 else size))
     return digest.hexdigest()[:12]
+
+
+ABSENT = [None, None]  # what model_index.json says of a component that the model goes without
+
+
+def model_index(path):
+    """What a diffusers folder says of its components, {name: [library, class]}; {} of anything else."""
+    file = path / "model_index.json"
+    return read_json(file) if file.exists() else {}
 
 
 def find_component(path, name):
@@ -86,27 +97,43 @@ def find_shards(path):
     """The safetensors files that make up one network: a single file, or the parts in a folder, if need be in fp16."""
     if path.is_file():
         return [path]
-    indices = sorted(path.glob("*.safetensors.index*.json"), key=lambda p: "fp16" in p.name)
-    if indices:
-        listed = read_json(indices[0]).get("weight_map")  # tensor -> file
-        if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-            raise UserError(f"{indices[0]}: cannot be read as an index of tensors (it has no weight_map)")
-        shards = sorted(path / name for name in set(listed.values()))
-        for shard in shards:
-            if not shard.exists():
-                raise UserError(f"{shard}: missing, though {indices[0].name} lists it")
-        return shards
-    files = sorted(path.glob("*.safetensors"), key=lambda p: "fp16" in p.name)
-    if not files:
+    with library_errors(path, "be read as a folder"):
+        files = {file.name for file in path.iterdir() if file.is_file()}
+    for variant in ("", ".fp16"):
+        for name in CONVENTIONAL:
+            index, whole = f"{name}.safetensors.index{variant}.json", f"{name}{variant}.safetensors"
+            if index in files:
+                return read_index(path / index, files)
+            if whole in files:
+                return [path / whole]
+    others = sorted(name for name in files if name.endswith(".safetensors"))
+    if len(others) > 1:
+        raise UserError(f"{path}: which file is the network? Name one of them {CONVENTIONAL[0]}.safetensors: "
+                        f"{', '.join(others)}")
+    if not others:
         raise UserError(f"{path}: no .safetensors file in this folder")
-    return files[:1]
+    return [path / others[0]]
+
+
+CONVENTIONAL = ("diffusion_pytorch_model", "model", "open_clip_model")  # of diffusers, of transformers, of OpenCLIP
+
+
+def read_index(path, files):
+    """The shards that an index lists, which lie beside it among `files`."""
+    listed = read_json(path).get("weight_map")  # tensor -> file
+    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+        raise UserError(f"{path}: cannot be read as an index of tensors (it has no weight_map)")
+    missing = set(listed.values()) - files
+    if missing:
+        raise UserError(f"{path}: lists {in_short(min(missing))}, which is not in this folder")
+    return [path.with_name(name) for name in sorted(set(listed.values()))]
 
 
 def read_json(path):
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({in_short(error)})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
     return value
@@ -116,8 +143,8 @@ def parse_json(text, what):
     """A list or the like from text in a file's header. `what` is named where it is no JSON."""
     try:
         return json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{what} cannot be read as JSON ({error})") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{what} cannot be read as JSON ({in_short(error)})") from error
 
 
 def parse_number(value, what, least=-math.inf):
@@ -127,7 +154,8 @@ def parse_number(value, what, least=-math.inf):
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not least < number < math.inf:
-        raise UserError(f"{what} = {value!r} is no number" + (f" above {least:g}" if least > -math.inf else ""))
+        raise UserError(f"{what} = {in_short(repr(value))} is no number"
+                        + (f" above {least:g}" if least > -math.inf else ""))
     return number
 
 
@@ -214,15 +242,21 @@ def swap_halves(name, tensor, blocks):
 FIRST_NAME = {"transformer": "x_embedder.proj.weight", "vae": "decoder.conv_in.weight",
               "backbone": "trunk.stem.0.weight", "clip_l": "text_model.embeddings.token_embedding.weight",
               "clip_g": "text_model.embeddings.token_embedding.weight", "t5xxl": "shared.weight"}
-BLOCK = r"(?:joint_blocks|transformer_blocks|stages|\.up|\.up_blocks|layers|encoder\.block)\.(\d+)\."  # or level
+BLOCK = r"(?:joint_blocks|transformer_blocks|stages|\.up|\.up_blocks|layers|encoder\.block)\.(\d{1,9})\."  # or level
 TEXT_PREFIX = "text_encoders."
 PREFIXES = {"transformer": "model.diffusion_model.", "vae": "first_stage_model.",  # in Stability's files; may be absent
             "backbone": "visual.",                                                 # in OpenCLIP's
             **{name: f"{TEXT_PREFIX}{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")}}
 
 
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # the dtypes of weights, in safetensors' words
+
+
 class NetworkFiles:
-    """The tensors of one network on disk, asked for by our (Stability's) names, whichever layout the files have."""
+    """The tensors of one network on disk, asked for by our (Stability's) names, whichever layout the files have.
+
+    `config` is what is said beside them, in config.json or in a file's header (there as `clip_l.…` and the like).
+    """
 
     def __init__(self, path, component):
         self.path = find_component(path, component)
@@ -233,7 +267,9 @@ class NetworkFiles:
                 self.files.update(dict.fromkeys(file.keys(), shard))
                 self.shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
         config = self.path / "config.json"
-        self.config = read_json(config) if self.path.is_dir() and config.exists() else {}
+        own = {name.removeprefix(f"{component}."): value for name, value in self.metadata.items()
+               if name.startswith(f"{component}.")}
+        self.config = read_json(config) if self.path.is_dir() and config.exists() else {**self.metadata, **own}
 
         self.prefix = PREFIXES[component] if PREFIXES[component] + FIRST_NAME[component] in self.files else ""
         found = (re.search(BLOCK, name) for name in self.own_names())
@@ -283,24 +319,27 @@ class NetworkFiles:
                 raise UserError(f"{self.path}: tensor {their} has shape {parts[0]}, not {dimensions} sizes above 0")
         return [len(parts) * n for n in parts[0][:1]] + parts[0][1:]
 
+    def number(self, name, default, least=-math.inf):
+        """A setting that is a number above `least`."""
+        return parse_number(self.config.get(name, default), f"{self.path}: {name}", least)
+
+    def heads(self, width):
+        """How many heads a `width` is shared out among. The tensors do not show it: of 64 channels each, as in SD3."""
+        heads = self.number("num_attention_heads", max(1, width // 64), least=0)
+        if heads % 1 or width % heads:
+            raise UserError(f"{self.path}: a width of {width} cannot be shared out among {heads:g} heads")
+        return int(heads)
+
     def read(self, name):
         parts = []
         for their in self.their_names(name):
             with open_safetensors(self.files[their]) as file:  # one at a time, so that no map of a large file stays
+                dtype = file.get_slice(their).get_dtype()
+                if dtype not in FLOATS:
+                    raise UserError(f"{self.path}: tensor {their} holds {dtype}, no weights ({', '.join(FLOATS)})")
                 parts.append(file.get_tensor(their))
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return swap_halves(name, tensor, self.blocks) if self.diffusers else tensor
-
-
-def load_plain(module, path):
-    """Fill a module of ours from a file of exactly its own tensors."""
-    with open_safetensors(path) as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{path}: does not fit ({str(error).splitlines()[-1].strip()})") from error
-    return module
 
 
 LIBRARY_ERRORS = (OSError, ImportError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
@@ -319,29 +358,50 @@ def library_errors(path, action):
         raise UserError(f"{path}: cannot {action} ({in_short(error)})") from error
 
 
-def load_tensors(module, source, device, dtype):
-    """Move `module`, built on the meta device, to `device` and fill it with all tensors of `source`, a NetworkFiles.
+def load_plain(module, path):
+    """Fill a module of ours from a file of exactly its own tensors."""
+    with library_errors(path, "be read as this network"):
+        module.load_state_dict(load_file(path))
+    for name, tensor in module.state_dict().items():
+        check_finite(path, name, tensor)
+    return module
 
-    Raises UserError that names the tensor that is missing, left over, of another shape, or not finite.
-    """
-    shapes = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+def check_tensors(source, shapes, harmless=()):
+    """Raise UserError that names a tensor that is left over, missing, or of another shape than in {our name: shape}."""
     wanted = {their for name in shapes for their in source.their_names(name)}
-    missing, left_over = wanted - set(source.files), source.own_names() - wanted
-    for problem, names in (("is missing", missing), ("does not belong there", left_over)):
+    missing = wanted - set(source.files)
+    left_over = source.own_names() - wanted - {source.prefix + name for name in harmless}
+    for problem, names in (("does not belong there", left_over), ("is missing", missing)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            more += QUANTISED_HINT if any(QUANTISED.search(name) for name in names) else ""
             raise UserError(f"{source.path}: tensor {min(names)} {problem}{more}")
     for name, shape in shapes.items():
         found = source.shape(name)
         if found != shape and found + [1, 1] != shape:  # a 1×1 convolution may be stored as a linear map
             raise UserError(f"{source.path}: tensor {source.their_names(name)[0]} has shape {found}, expected {shape}")
 
+
+QUANTISED = re.compile(r"scale|SCB|absmax|quant")  # in the names of what quantised weights are multiplied with
+QUANTISED_HINT = ": quantised weights with scales beside them cannot be read; take fp32, fp16, bf16 or plain fp8"
+
+
+def check_finite(path, name, tensor):
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{path}: tensor {name} is not finite (NaN or infinity, read as {tensor.dtype})")
+
+
+def load_tensors(module, source, device, dtype):
+    """Move `module`, built on the meta device, to `device` and fill it with all tensors of `source`, a NetworkFiles.
+
+    Raises UserError that names the tensor that is missing, left over, of another shape, or not finite.
+    """
+    check_tensors(source, {name: list(tensor.shape) for name, tensor in module.state_dict().items()})
     module.to(dtype).to_empty(device=device)
     for name, tensor in module.state_dict().items():
         tensor.copy_(source.read(name).reshape(tensor.shape))
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{source.path}: tensor {source.their_names(name)[0]} is not finite (NaN or infinity, "
-                            f"read as {dtype})")
+        check_finite(source.path, source.their_names(name)[0], tensor)
     return module
 
 

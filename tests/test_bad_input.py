@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -25,8 +26,9 @@ from commandline import UserError
 
 ROOT = Path(__file__).parent.parent
 LOAD = {"transformer": mmdit.load_mmdit, "vae": vae.load_vae, "scheduler": pipeline.load_pipeline,
-        **dict.fromkeys(("text_encoder", "tokenizer", "tokenizer_3"), text.load_text_encoders)}
-TENSORS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+        **dict.fromkeys(("text_encoder", "text_encoder_3", "tokenizer", "tokenizer_3"), text.load_text_encoders)}
+TENSORS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model",
+           "text_encoder_3": "model"}
 
 
 @pytest.fixture
@@ -192,7 +194,7 @@ DAMAGE = {
     "missing in text": ("text_encoder", CLIP_BIAS, drop),
     "left over": ("transformer", "transformer_blocks.1.attn.extra.weight", lambda n: put(n, 3)),
     "left over in VAE": ("vae", "encoder.extra.bias", lambda n: put(n, 3)),
-    "left over in text": ("text_encoder", "text_model.encoder.layers.3.mlp.fc1.bias", lambda n: put(n, 3)),
+    "left over in text": ("text_encoder", "text_model.encoder.layers.1.mlp.extra.bias", lambda n: put(n, 3)),
     "wrong shape": ("transformer", "proj_out.bias", lambda n: put(n, 63)),
     "wrong shape of k": ("transformer", "transformer_blocks.1.attn.to_k.weight", lambda n: put(n, 128, 100)),
     "wrong shape in text": ("text_encoder", CLIP_BIAS, lambda n: put(n, 65)),
@@ -226,12 +228,72 @@ def test_a_shape_that_sizes_are_read_off_is_wrong(model, part, name, shape):
     assert str(model / part) in refusal(LOAD[part], model)
 
 
+@pytest.mark.parametrize("part, start, scale", [
+    ("text_encoder", "text_model.encoder.layers.0.mlp.fc1.", "scale_weight"),
+    ("text_encoder_3", "encoder.block.1.layer.0.SelfAttention.q.", "scale_weight"),
+    ("text_encoder_3", "", "scaled_fp8"),
+    ("text_encoder_3", "encoder.block.1.layer.0.SelfAttention.q.", "weight_scale"),
+    ("text_encoder_3", "encoder.block.1.layer.0.SelfAttention.q.", "SCB"),
+    ("text_encoder_3", "shared.", "comfy_quant"),
+    ("transformer", "transformer_blocks.0.attn.to_q.", "scale_weight"),
+    ("vae", "encoder.conv_in.", "weight_scale")])
+def test_weights_with_scales_beside_them_are_not_read_without(model, part, start, scale):
+    edit(model, part, put(start + scale, 1))
+    assert re.search(f"{part}: tensor {start}{scale} does not belong there: quantised .* plain fp8", refusal(
+        LOAD[part], model))
+
+
+@pytest.mark.parametrize("start", ["model.diffusion_model.", "text_encoders.t5xxl.transformer."])
+def test_weights_with_scales_beside_them_are_not_read_without_from_a_single_file(single_file, start):
+    line = refusal(pipeline.load_pipeline, single_file(put(start + "scaled_fp8", 1)))
+    assert f"{start}scaled_fp8 does not belong there: quantised" in line
+
+
+def test_weights_that_are_integers_are_not_taken_for_numbers(model):
+    edit(model, "text_encoder_3", lambda tensors: tensors.update({"shared.weight": tensors["shared.weight"].char()}))
+    assert "tensor shared.weight holds I8" in refusal(text.load_text_encoders, model)
+
+
+def test_plain_fp8_and_what_published_files_have_beside_their_weights_are_read(make_pair, model, single_file):
+    def change(tensors, t5="", clip=None):
+        for name in [name for name in tensors if name.startswith(t5)]:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{t5}encoder.embed_tokens.weight"] = torch.zeros(131, 224)
+        tensors[f"{t5}logit_scale"] = torch.tensor(4.6)
+        if clip:
+            tensors[f"{clip}text_model.embeddings.position_ids"] = torch.arange(14)[None]
+            tensors["text_encoders.clip_l.logit_scale"] = torch.tensor(4.6)
+
+    edit(model, "text_encoder_3", change)
+    file = single_file(lambda tensors: change(tensors, T5, "text_encoders.clip_l.transformer."))
+    original = make_pair("SD3-Medium", "folder").ours.text
+    original = {name: tensor.to(torch.float8_e4m3fn).float() if name.startswith("t5.") else tensor
+                for name, tensor in original.state_dict().items()}
+    for path in (model, file):
+        state = text.load_text_encoders(path).state_dict()
+        assert state.keys() == original.keys() and all(torch.equal(state[name], original[name]) for name in state)
+
+
+def test_a_t5_that_is_lost_is_missed_but_one_can_go_without(make_pair, model, single_file):
+    words, without = ["a red circle"], make_pair("SD3-Medium", "folder without T5").ours.text
+    shutil.rmtree(model / "text_encoder_3")
+    assert re.search('without text_encoder_3/.*"text_encoder_3": .null, null.', refusal(LOAD["text_encoder"], model))
+    lost = single_file(lambda tensors: [tensors.update({name.replace("xxl.transformer.", "xxl."): tensors.pop(name)})
+                                        for name in list(tensors) if name.startswith(T5)])
+    assert re.search("tensor text_encoders.t5xxl.encoder.* go without T5", refusal(LOAD["text_encoder"], lost))
+
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "text_encoder_3").symlink_to(pipeline.TINY / "text_encoder_3")  # of another model, and not to be read
+    put_file(model / "model_index.json", json.dumps({**index, "text_encoder_3": [None, None]}).encode())
+    for ours, expected in zip(text.load_text_encoders(model)(words), without(words), strict=True):
+        assert torch.equal(ours, expected)
+
+
 CLIP, T5 = "text_encoders.clip_g.transformer.text_model.", "text_encoders.t5xxl.transformer."
 
 
 @pytest.mark.parametrize("name, shape", [
     (CLIP + "embeddings.token_embedding.weight", (627,)),
-    (CLIP + "embeddings.token_embedding.weight", (627, 100)),
     (CLIP + "embeddings.token_embedding.weight", (0, 128)),
     (CLIP + "embeddings.position_embedding.weight", ()),
     (CLIP + "encoder.layers.0.mlp.fc1.weight", (384, 0)),
@@ -355,10 +417,10 @@ def test_damaged_settings(model, name, content):
     ("vae/config.json", {"scaling_factor": 0}),
     ("vae/config.json", {"scaling_factor": 10**400}),
     ("vae/config.json", {"shift_factor": [1]}),
-    ("scheduler/scheduler_config.json", {"shift": "three"}),
+    *(("scheduler/scheduler_config.json", settings) for settings in (
+        {"shift": "three"}, {"shift": -1}, {"shift": 0}, {"shift": None}, {"shift": float("nan")},
+        {"use_dynamic_shifting": True}, {"use_karras_sigmas": True}, {"shift_terminal": 0.1})),
     ("text_encoder/config.json", {"num_attention_heads": 0}),
-    ("text_encoder/config.json", {"num_hidden_layers": 0}),
-    ("text_encoder/config.json", {"hidden_size": "wide"}),
     ("tokenizer/tokenizer_config.json", {"model_max_length": "long"}),
     ("tokenizer/tokenizer_config.json", {"pad_token": None}),
 ], ids=str)
@@ -366,6 +428,28 @@ def test_settings_that_make_no_sense(model, name, settings):
     file, part = model / name, name.split("/")[0]
     put_file(file, json.dumps({**json.loads(file.read_text()), **settings}).encode())
     assert str(model / part) in refusal(LOAD[part], model)
+
+
+@pytest.mark.parametrize("settings, side", [
+    ({"sample_size": None}, 38), ({}, 38), ({"sample_size": 12}, 12), ({"sample_size": [64, 64]}, None),
+    ({"sample_size": -8}, None), ({"sample_size": 40}, None), ({"sample_size": 10**9}, None)], ids=str)
+def test_the_size_of_images_is_the_models_own_or_refused(fails, model, settings, side):
+    file = model / "transformer" / "config.json"
+    put_file(file, json.dumps({name: value for name, value in json.loads(file.read_text()).items()
+                               if name != "sample_size"} | settings).encode())
+    if side is None:
+        assert re.search("sample_size|does not fit", fails("--model", model, "--prompt", "x"))
+    else:
+        assert pipeline.load_pipeline(model).latent_shape() == (16, side, side)
+
+
+@pytest.mark.parametrize("sizes", [{"num_hidden_layers": 10**6}, {"hidden_size": 10**9}, {"vocab_size": "wide"},
+                                   {"quantization_config": {}, "auto_map": {"AutoConfig": "x.y"}}], ids=str)
+def test_sizes_are_those_of_the_tensors_whatever_the_settings_say(make_pair, model, sizes):
+    file = model / "text_encoder" / "config.json"
+    put_file(file, json.dumps({**json.loads(file.read_text()), **sizes}).encode())
+    words, expected = ["a red circle"], make_pair("SD3-Medium", "folder").ours.text
+    assert torch.equal(text.load_text_encoders(model)(words)[1], expected(words)[1])
 
 
 def test_a_tokenizer_without_its_vocabulary_is_not_taken_for_an_empty_one(model):

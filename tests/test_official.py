@@ -177,6 +177,41 @@ def test_a_student_draws_the_same_from_each_layout_and_in_diffusers(two_steps, t
         assert (drawn - first).abs().max() <= TOLERANCE["latents"] * first.abs().max()
 
 
+def test_heads_of_any_width_come_back_from_a_single_file(make_pair, tmp_path):
+    plain = make_pair("SD3-Medium", "folder")
+    folder = shutil.copytree(plain.path, tmp_path / "model")
+    for part, settings in (("transformer", {"num_attention_heads": 4}), ("text_encoder_2", {"num_attention_heads": 4}),
+                           ("text_encoder", {"num_attention_heads": 2, "hidden_act": "gelu"})):
+        config = folder / part / "config.json"
+        weights.write_json(config, {**weights.read_json(config), **settings})
+    pipeline.save_single_file(pipeline.load_pipeline(folder), tmp_path / "single" / "sd3.safetensors")
+    ours, back = pipeline.load_pipeline(folder), pipeline.load_pipeline(tmp_path / "single" / "sd3.safetensors")
+    for draw in (lambda p: p.text(["a red circle"])[1], lambda p: p.text(["a red circle"])[0][:, :14],
+                 lambda p: p.sample(torch.ones(1, 16, 8, 8), plain.ours.text(["a"]), guidance=1)):
+        first, again, other = draw(ours), draw(back), draw(plain.ours)
+        assert torch.allclose(first, again, atol=1e-5) and not torch.allclose(first, other, atol=1e-2)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_the_encoders_of_a_student_are_those_of_its_teacher_whatever_the_arithmetic(unknown, tmp_path, stored):
+    teacher, out = shutil.copytree(unknown / "model", tmp_path / "teacher"), tmp_path / "student"
+    text.save_text_encoders(text.load_text_encoders(teacher, dtype=torch.float32).to(stored), teacher)
+    quick_train.run("--bare", "--stage", 1, "--model", teacher, "--prompts", unknown / "prompts.txt", "--iterations", 1,
+                    "--batch", 2, "--dtype", "bf16", "--text-cache", tmp_path / "text", "--out", out)
+    for name in text.ENCODERS:
+        before, after = (load_file(folder / name / "model.safetensors") for folder in (teacher, out))
+        assert before.keys() == after.keys() and {tensor.dtype for tensor in after.values()} == {stored}
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    theirs = StableDiffusion3Pipeline.from_pretrained(out)  # its other parts are in fp32
+    theirs.set_progress_bar_config(disable=True)
+    student = pipeline.load_pipeline(out)
+    noise = flow.initial_noise(student.latent_shape(), [0])
+    drawn = theirs("a red circle", latents=noise, guidance_scale=1.0, sigmas=[1.0, 0.5], output_type="latent",
+                   max_sequence_length=student.text.t5_length).images
+    ours = pipeline.generate(student, ["a red circle"], [0])
+    assert (drawn - ours).abs().max() <= TOLERANCE["latents"] * ours.abs().max()
+
+
 @pytest.mark.parametrize("arguments, words", [
     ("--export {tmp}/there", "is there already"), ("--export {tmp}/there.safetensors", "is there already"),
     ("--model nowhere --export {tmp}/new", "nowhere"), ("--export {tmp}/there.safetensors/x", "cannot be written")])

@@ -1,5 +1,6 @@
 """Weights on disk: little memory, exact inverses, and only safetensors from the Hugging Face hub."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -95,10 +96,34 @@ def test_what_cannot_be_written_is_one_error_that_names_it(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_full_precision_is_preferred_to_an_fp16_variant(tmp_path):
-    for name in ("a.fp16.safetensors", "a.safetensors"):
+@pytest.mark.parametrize("files", [
+    ["model.safetensors", "adapter.safetensors", "model.bf16.safetensors", "model.fp16.safetensors", "ema.safetensors"],
+    ["diffusion_pytorch_model.safetensors", "a.safetensors", "model.safetensors"],
+    ["model.fp16.safetensors", "a.safetensors"], ["a.safetensors"], ["open_clip_model.safetensors", "a.safetensors"]])
+def test_the_network_is_in_the_file_of_the_usual_name_in_full_precision_first(tmp_path, files):
+    for name in files:
         (tmp_path / name).touch()
-    assert weights.find_shards(tmp_path) == [tmp_path / "a.safetensors"]
+    assert weights.find_shards(tmp_path) == [tmp_path / files[0]]
+
+
+def test_an_index_in_full_precision_comes_before_fp16_and_lists_files_of_its_folder_only(tmp_path):
+    for variant, shards in ((".fp16", ["half"]), ("", ["b", "a"])):
+        index = json.dumps({"weight_map": dict(enumerate(shards))})
+        (tmp_path / f"model.safetensors.index{variant}.json").write_text(index)
+    for name in ("a", "b", "half", "model.fp16.safetensors"):
+        (tmp_path / name).touch()
+    assert weights.find_shards(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    for outside in ("../a", str(tmp_path / "a"), "a\0", "n" * 300, "."):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": outside}}))
+        with pytest.raises(UserError, match="not in this folder"):
+            weights.find_shards(tmp_path)
+
+
+def test_files_of_which_none_has_a_usual_name_are_listed(tmp_path):
+    for name in ("ema.safetensors", "bf16.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="bf16.safetensors, ema.safetensors"):
+        weights.find_shards(tmp_path)
 
 
 def test_a_model_is_known_again_wherever_it_lies_and_not_after_a_change(make_pair, tmp_path):
@@ -113,6 +138,23 @@ def test_a_model_is_known_again_wherever_it_lies_and_not_after_a_change(make_pai
     with open(copy / "vae" / "config.json", "a") as file:
         file.write(" ")
     assert weights.identity(copy) != weights.identity(original)
+
+
+def test_parts_that_are_links_count_as_what_they_point_to(make_pair, tmp_path):
+    first, other = make_pair("SD3-Medium", "folder").path, make_pair("SD3.5-Large", "folder").path
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "transformer").symlink_to(first / "transformer")
+    before = weights.identity(tmp_path)
+    (tmp_path / "transformer").unlink()
+    (tmp_path / "transformer").symlink_to(other / "transformer")
+    assert weights.identity(tmp_path) != before
+
+
+def test_a_model_that_goes_without_its_t5_is_another(make_pair, tmp_path):
+    folder = shutil.copytree(make_pair("SD3-Medium", "folder").path, tmp_path / "model")
+    before = weights.identity(folder)
+    weights.write_json(folder / "model_index.json", {**weights.model_index(folder), "text_encoder_3": [None, None]})
+    assert weights.identity(folder) != before
 
 
 # --------------------------------------------------------------------------------------------------- Hugging Face hub
