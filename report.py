@@ -136,7 +136,9 @@ def write_measures(samplers, measured, model):
 def look_at_teacher(sampler, recogniser, captions=1024):
     """metrics.gaussian of a teacher's samples, of other captions and seeds than those of shapes.measure."""
     prompts, _, _ = shapes.draw_captions(captions, torch.Generator().manual_seed(60_000))
-    return metrics.gaussian(shapes.look(recogniser, sampler.images(prompts, range(60_000, 60_000 + captions)))[0])
+    images = sampler.images(prompts, range(60_000, 60_000 + captions))
+    with torch.autocast("cpu", enabled=False):
+        return metrics.gaussian(shapes.look(recogniser, images)[0])
 
 
 def write_teacher(teacher, model):
