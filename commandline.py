@@ -5,6 +5,7 @@ import contextlib
 import math
 import signal
 import sys
+import textwrap
 
 import torch
 
@@ -18,7 +19,7 @@ def run_script(main):
     try:
         main()
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", textwrap.shorten(str(error), 2000), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(*stop.args or ["stopped"], file=sys.stderr)
