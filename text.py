@@ -96,9 +96,6 @@ def load_text_encoders(path, device="cpu", dtype=torch.float32):
     path = weights.find_model(path)
     silence_transformers()
     models, tokenizers = zip(*(load_encoder(path, name, dtype) for name in ENCODERS))
-    for model, tokenizer in zip(models, tokenizers):
-        if model is not None:
-            check_tokenizer(tokenizer, model)
     clip_l, clip_g, t5 = models
     if t5 is not None:
         width = t5.config.d_model
@@ -150,6 +147,7 @@ def load_encoder(path, name, dtype):
         model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or stored)
     for key, tensor in model.state_dict().items():
         weights.check_finite(source.path, key, tensor)
+    check_tokenizer(tokenizer, config.vocab_size)
     return model if dtype else model.to(stored), tokenizer  # transformers keeps some of T5 in fp32
 
 
@@ -217,9 +215,12 @@ def load_tokenizer(source):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-def check_tokenizer(tokenizer, model):
-    """Raise UserError where a tokenizer isn't the encoder's own. Without its files, transformers makes an empty one."""
-    known, longest, words = model.config.vocab_size, tokenizer.model_max_length, tokenizer.get_vocab()
+def check_tokenizer(tokenizer, known):
+    """Raise UserError where a tokenizer isn't that of an encoder of so many `known` tokens.
+
+    Without its files, transformers makes an empty one.
+    """
+    longest, words = tokenizer.model_max_length, tokenizer.get_vocab()
     if (not known / 2 < len(words) <= known or max(words.values()) >= known or not isinstance(longest, int)
             or longest < 2 or None in (tokenizer.pad_token, tokenizer.eos_token)):
         raise UserError(f"{tokenizer.name_or_path}: no tokenizer of its encoder: {len(words)} tokens up to "

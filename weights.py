@@ -343,7 +343,7 @@ class NetworkFiles:
 
 
 LIBRARY_ERRORS = (OSError, ImportError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
-                  RuntimeError, SafetensorError, hub.StrictDataclassError)
+                  AssertionError, RuntimeError, SafetensorError, hub.StrictDataclassError)
 
 
 @contextmanager
@@ -354,7 +354,9 @@ def library_errors(path, action):
     """
     try:
         yield
-    except LIBRARY_ERRORS as error:
+    except Exception as error:
+        if not isinstance(error, LIBRARY_ERRORS) and type(error) is not Exception:  # as tokenizers raises it
+            raise
         raise UserError(f"{path}: cannot {action} ({in_short(error)})") from error
 
 
