@@ -8,6 +8,7 @@ place.
 
 import sys
 from functools import reduce
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ import weights
 from commandline import UserError
 
 T5_LENGTH = 256    # tokens, as in diffusers and the paper; a tokenizer with a smaller maximum keeps its own
+EXTRA = 1000       # tokens beside a vocabulary, at most; T5 has 100
 SHOWN = 3          # prompts too long for a reader, whose lost end is shown
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}  # L, G, T5
 
@@ -31,6 +33,8 @@ class TextEncoders(nn.Module):
         self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
         self.tokenizers = tokenizers  # three, the last None without T5
         self.context_width = context_width
+        self.clip_length = min(length for clip, tokenizer in zip((clip_l, clip_g), tokenizers) for length in (
+            clip.config.max_position_embeddings, tokenizer.model_max_length))
         self.t5_length = min(T5_LENGTH, tokenizers[2].model_max_length) if t5 is not None else T5_LENGTH
         self.cut = {"CLIP": set(), "T5": set()}  # the prompts that were too long for each
 
@@ -54,8 +58,7 @@ class TextEncoders(nn.Module):
 
     def encode_clip(self, model, tokenizer, prompts):
         """-> the last but one layer's tokens, without final norm, (B, 77, width); the projected EOS state, (B, P)."""
-        length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
-        ids = self.token_ids(tokenizer, prompts, length, "CLIP")
+        ids = self.token_ids(tokenizer, prompts, self.clip_length, "CLIP")
         out = model(ids, output_hidden_states=True)  # no padding mask: SD3 was trained without
         return out.hidden_states[-2], out.text_embeds
 
@@ -139,7 +142,7 @@ def load_encoder(path, name, dtype):
     if not projected:
         del shapes["text_projection.weight"]
     weights.check_tensors(source, shapes, HARMLESS)
-    state = {key: source.read(key) for key in shapes}
+    state = {key: source.read(key).to(dtype=dtype, copy=True) for key in shapes}  # or the file would stay mapped, often
     stored = reduce(torch.promote_types, (t.dtype if t.itemsize > 1 else torch.bfloat16 for t in state.values()))
     if not projected:
         state["text_projection.weight"] = torch.eye(config.projection_dim)
@@ -211,6 +214,10 @@ def t5_settings(source):
 
 def load_tokenizer(source):
     """A tokenizer, from a folder or a Hugging Face repository."""
+    file = Path(source) / "tokenizer_config.json"
+    extra = weights.read_json(file).get("extra_ids") if file.exists() else 0  # of T5, for which it makes a list
+    if isinstance(extra, int) and extra > EXTRA:
+        raise UserError(f"{file}: extra_ids = {extra}, more than {EXTRA}")
     with weights.library_errors(source, "be read as a tokenizer"):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
@@ -221,11 +228,13 @@ def check_tokenizer(tokenizer, known):
     Without its files, transformers makes an empty one.
     """
     longest, words = tokenizer.model_max_length, tokenizer.get_vocab()
-    if (not known / 2 < len(words) <= known or max(words.values()) >= known or not isinstance(longest, int)
-            or longest < 2 or None in (tokenizer.pad_token, tokenizer.eos_token)):
-        raise UserError(f"{tokenizer.name_or_path}: no tokenizer of its encoder: {len(words)} tokens up to "
-                        f"{max(words.values(), default=0)}, where that one knows {known}; {tokenizer.pad_token} as "
-                        f"padding, {tokenizer.eos_token} as the end; at most {longest} tokens a prompt")
+    with weights.library_errors(tokenizer.name_or_path, "be used as a tokenizer"):
+        largest = max(*words.values(), *tokenizer("a").input_ids)
+    if (not known / 2 < len(words) <= known or largest >= known or not isinstance(longest, int) or longest < 2
+            or None in (tokenizer.pad_token, tokenizer.eos_token)):
+        raise UserError(f"{tokenizer.name_or_path}: no tokenizer of its encoder: {len(words)} tokens up to {largest}, "
+                        f"where that one knows {known}; {tokenizer.pad_token} as padding, {tokenizer.eos_token} as the "
+                        f"end; at most {longest} tokens a prompt")
 
 
 # -------------------------------------------------------------------------------------------------------- save

@@ -39,7 +39,7 @@ from mmdit import MMDiT, load_mmdit  # noqa: E402
 from text import TextEncoders, load_encoder, load_text_encoders  # noqa: E402
 from vae import VAE, load_vae  # noqa: E402
 
-SECONDS, MEMORY = 10, 2**30  # the most that a case may take, and need beyond what is in use
+SECONDS, MEMORY = 10, 2**26  # the most that a case may take, and need beyond what is in use
 
 
 class Input(NamedTuple):
@@ -80,18 +80,18 @@ def write_inputs(root):
         TextEncoders(*models, tokenizers, encoders.context_width)(["a red circle"])
 
     return {
-        "transformer": Input(root / "folder/transformer", lambda path: draw(replace(model, mmdit=load_mmdit(path))), 6),
-        "shards": Input(root / "shards", load_mmdit, 3),
-        "vae": Input(root / "folder/vae", lambda path: load_vae(path).decode(torch.zeros(1, 16, 2, 2)), 4),
-        "clip": Input(root / "clip", lambda path: read(path, 0, "text_encoder"), 4),
-        "t5": Input(root / "t5", lambda path: read(path, 2, "text_encoder_3"), 4),
+        "transformer": Input(root / "folder/transformer", lambda path: draw(replace(model, mmdit=load_mmdit(path))), 8),
+        "shards": Input(root / "shards", load_mmdit, 5),
+        "vae": Input(root / "folder/vae", lambda path: load_vae(path).decode(torch.zeros(1, 16, 2, 2)), 6),
+        "clip": Input(root / "clip", lambda path: read(path, 0, "text_encoder"), 8),
+        "t5": Input(root / "t5", lambda path: read(path, 2, "text_encoder_3"), 8),
         "folder": Input(root / "folder", lambda path: draw(pipeline.load_pipeline(path)) is weights.identity(path), 1),
         "file": Input(root / "file", lambda path: draw(pipeline.load_pipeline(path / "sd3.safetensors")), 1),
-        "cache": Input(root / "cache", lambda path: cache.load_cache(path, network), 2),
-        "backbone": Input(pipeline.TINY / "backbone", adversarial.load_backbone, 1),
-        "judge": Input(root / "judge", shapes.load_recogniser, 1),
-        "run": Input(root / "run", read_run, 3),
-        "prompts": Input(root / "prompts", lambda path: [prompts.read_prompts(file) for file in path.iterdir()], 3)}
+        "cache": Input(root / "cache", lambda path: cache.load_cache(path, network), 5),
+        "backbone": Input(pipeline.TINY / "backbone", adversarial.load_backbone, 2),
+        "judge": Input(root / "judge", shapes.load_recogniser, 2),
+        "run": Input(root / "run", read_run, 6),
+        "prompts": Input(root / "prompts", lambda path: [prompts.read_prompts(file) for file in path.iterdir()], 8)}
 
 
 PROMPTS = {"txt": "a cat\n\na dog\n", "csv": 'id,prompt\n1,"a ""red"" cat"\n2,a dog\n', "tsv": "prompt\tn\na cat\t1\n",
