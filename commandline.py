@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 import textwrap
+from pathlib import Path
 
 import torch
 
@@ -59,6 +60,12 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def one_line(text, most=40):
+    """Text as it is shown: one line, of at most so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[:most - 1] + "…"
+
+
 def find_device(name):
     """The device asked for, or the best there is. Raises UserError where it isn't there."""
     if name is None:
@@ -91,7 +98,7 @@ def number(least, below=math.inf, kind=float):
     return parse
 
 
-count = number(1, kind=int)
+count = number(1, 10**7, kind=int)
 positive = number(1e-30)
 seed = number(0, 2**43, kind=int)  # prompts.seeded multiplies it by 1,000,003, and torch takes what is below 2^63
 
@@ -102,6 +109,22 @@ def image_size(text):
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 and int(side) % 16 == 0 for side in sides):
         raise argparse.ArgumentTypeError(f"{text} is not H or HxW with sides that are multiples of 16")
     return int(sides[0]), int(sides[-1])
+
+
+FILES = {f".{name}" for name in "png jpg jpeg webp gif bmp tif tiff pdf json jsonl csv tsv txt md safetensors ckpt pt "
+         "pth bin gguf".split()}
+
+
+def output(ending=None):
+    """A type of arguments: a folder or, with `ending`, a file too. A name of another file, say cat.jpg, is refused."""
+    def parse(text):
+        path = Path(text)
+        if path.suffix.lower() in FILES - {ending} and not path.is_dir():
+            wanted = f"FILE{ending} or a folder" if ending else "a folder"
+            raise argparse.ArgumentTypeError(f"{text} is the name of another file; give {wanted}")
+        return path
+
+    return parse
 
 
 NAMED_BLOCKS = {"none": None, "slow": (2, 7), "fast": (2, 9)}  # SD3-Medium's; where the 8 of "fast" lie is ours

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from scipy import stats
@@ -104,7 +105,7 @@ def add_command(commands, run, summary):
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; default: as in "
                         + ("train.py" if name == "ablate" else "sample.py"))
-    parser.add_argument("--out", help=f"default: runs/{name}")
+    parser.add_argument("--out", type=commandline.output(), help=f"a folder; default: runs/{name}")
     parser.set_defaults(run=run)
     return parser
 
@@ -175,7 +176,7 @@ def judge_scenes(args, recogniser, model, sampler, folder):
 
     def draw(prompts, seeds):
         files = draw_files(sampler, folder, prompts, seeds)
-        return torch.stack([picture_bytes(Image.open(file)) for file in files]) / 127.5 - 1     # (N, 3, 64, 64)
+        return torch.stack([picture_bytes(open_picture(file)) for file in files]) / 127.5 - 1     # (N, 3, 64, 64)
 
     return shapes.measure(draw, recogniser, **sizes(args), teacher=report.known_teacher(TINY))
 
@@ -222,9 +223,14 @@ def find_pictures(folder):
 
 
 def open_picture(file, crop=False):
-    """`crop`: its centre square, 512 pixels a side."""
-    with weights.library_errors(file, "be read as an image"):
-        picture = Image.open(file).convert("RGB")
+    """A PIL image in RGB, as viewers show it, on white. `crop`: its centre square, 512 pixels a side."""
+    with weights.library_errors(file, "be read as PNG, JPEG or WebP"):
+        picture = ImageOps.exif_transpose(Image.open(file, formats=["PNG", "JPEG", "WEBP"]))
+    if picture.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to 8
+        picture = Image.fromarray((np.array(picture) / 257).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    picture = picture.convert("RGB")
     return ImageOps.fit(picture, (512, 512), Image.Resampling.LANCZOS) if crop else picture
 
 

@@ -1,12 +1,16 @@
 """Images as tensors, pictures as files: one at a time, or many on a contact sheet."""
 
 import contextlib
+import sys
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 import weights
+from commandline import one_line
+
+ON_A_SHEET = 64  # images of sample.py: at 1024² as many megapixels, and viewers refuse larger ones
 
 
 def to_picture(image):
@@ -20,10 +24,14 @@ def picture_bytes(picture):
 
 
 def contact_sheet(images, rows, columns, gap=4):
-    """Images (R · C, 3, H, W), row by row, with a label for each row and a heading for each column -> a PIL image."""
+    """Images (R · C, 3, H, W), row by row, with a label for each row and a heading for each column -> a PIL image.
+
+    A label is one line, cut where it is long.
+    """
     height, width = images.shape[2:]
     zoom = max(1, 128 // width)
     height, width = zoom * height, zoom * width
+    rows = [one_line(row) for row in rows]
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = gap + max((int(draw.textlength(row)) for row in rows), default=0) + gap
     top = 20 if any(columns) else gap
@@ -40,21 +48,30 @@ def contact_sheet(images, rows, columns, gap=4):
 
 
 def write_images(images, out, jobs, columns):
-    """Write each image and, for several, a contact sheet with a row per prompt. Yields the paths.
+    """Write each image as it comes and, for several, a contact sheet with a row per prompt. Yields the paths.
 
-    jobs: (prompt, seed) of each image, `columns` to a prompt. out: FILE.png or a folder.
+    images: an iterable. jobs: (prompt, seed) of each, `columns` to a prompt. out: FILE.png or a folder. A sheet has the
+    first ON_A_SHEET images, in whole rows.
     """
-    single = out.suffix == ".png"
-    if single and len(images) == 1:
-        yield write_picture(to_picture(images[0]), out)
-        return
+    sheet = sheet_path(out)
+    single = sheet == out
+    across = min(columns, ON_A_SHEET)
+    rows, shown = [prompt for prompt, _ in jobs[::columns]][:ON_A_SHEET // across], []
     for i, image in enumerate(images):
         name = f"{out.stem}-{i:03}.png" if single else f"{i:03}.png"
-        yield write_picture(to_picture(image), (out.parent if single else out) / name)
-    if len(images) > 1:
-        rows = [prompt for prompt, _ in jobs[::columns]]
-        headings = [f"seed {seed}" for _, seed in jobs[:columns]]
-        yield write_picture(contact_sheet(images, rows, headings), out if single else out / "sheet.png")
+        yield write_picture(to_picture(image), out if single and len(jobs) == 1 else sheet.with_name(name))
+        if i // columns < len(rows) and i % columns < across:
+            shown.append(image)
+    if len(shown) < len(jobs):
+        print(f"note: {sheet} shows {len(shown)} of the {len(jobs)} images", file=sys.stderr)
+    if len(jobs) > 1:
+        headings = [f"seed {seed}" for _, seed in jobs[:across]]
+        yield write_picture(contact_sheet(torch.stack(shown), rows, headings), sheet)
+
+
+def sheet_path(out):
+    """Of a contact sheet: FILE.png itself, or in a folder."""
+    return out if out.suffix.lower() == ".png" else out / "sheet.png"
 
 
 @contextlib.contextmanager

@@ -94,10 +94,16 @@ def falling(levels):
 @torch.no_grad()
 def generate(pipeline, prompts, seeds, size=None, negative="", steps=None, guidance=None, shift=None, sigmas=None,
              progress=False):
-    """One latent for each pair of prompt and seed, (N, C, h, w). What is None is the model's own."""
+    """One latent for each pair of prompt and seed, (N, C, h, w). What is None is the model's own.
+
+    Raises UserError for latents that are not finite, and for a `negative` prompt that nothing reads.
+    """
     shape, batch = pipeline.latent_shape(size), pipeline.batch(size)
     sigmas = pipeline.sigmas(steps, shift) if sigmas is None else sigmas
     guidance = pipeline.guidance() if guidance is None else guidance
+    if negative and guidance <= 1:
+        raise UserError(f"--negative does nothing at a guidance of {guidance:g}; leave it out, or give a --guidance "
+                        "above 1")
     if pipeline.cache is not None:
         check_blocks(pipeline.cache.blocks, len(pipeline.mmdit.joint_blocks), steps=len(sigmas) - 1)
     uncond = pipeline.text([negative]) if guidance > 1 else None
@@ -105,7 +111,8 @@ def generate(pipeline, prompts, seeds, size=None, negative="", steps=None, guida
     for i in range(0, len(prompts), batch):
         cond, encoded = encode_once(pipeline.text, prompts[i:i + batch], encoded)
         noise = flow.initial_noise(shape, seeds[i:i + batch]).to(pipeline.device)
-        latents.append(pipeline.sample(noise, cond, uncond, sigmas, guidance, progress))
+        part = pipeline.sample(noise, cond, uncond, sigmas, guidance, progress)
+        latents.append(check_finite(part, "latents"))
     return torch.cat(latents)
 
 
@@ -123,10 +130,21 @@ def encode_once(text, prompts, known):
 
 @torch.no_grad()
 def decode(pipeline, latents):
-    """Latents (N, C, h, w) -> images (N, 3, H, W) in [-1, 1], fp32, on the CPU. One image of 1024² at a time."""
+    """Latents (N, C, h, w) -> images (N, 3, H, W) in [-1, 1], fp32, on the CPU. One image of 1024² at a time.
+
+    Raises UserError for images that are not finite.
+    """
     dtype = pipeline.vae.decoder.conv_in.weight.dtype
     batch = max(1, LATENTS_AT_ONCE // (16 * latents.shape[2] * latents.shape[3]))
-    return torch.cat([pipeline.vae.decode(part.to(dtype)).float().clamp(-1, 1).cpu() for part in latents.split(batch)])
+    images = (pipeline.vae.decode(part.to(dtype)) for part in latents.split(batch))
+    return torch.cat([check_finite(part, "images").float().clamp(-1, 1).cpu() for part in images])
+
+
+def check_finite(tensor, name):
+    """The tensor, or UserError where it is not finite: NaN would be drawn black."""
+    if not tensor.isfinite().all():
+        raise UserError(f"the {name} are not finite: in fp16, take bf16 or fp32; at a large guidance, a lower one")
+    return tensor
 
 
 class Sampler(NamedTuple):

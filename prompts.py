@@ -1,8 +1,11 @@
 """The prompts of a run: read from a file or drawn from the tiny world; encoded beforehand where that takes long."""
 
+import codecs
 import csv
 import hashlib
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,54 +15,84 @@ from tqdm import tqdm
 import parallel
 import shapes
 import weights
-from commandline import UserError
+from commandline import UserError, one_line
 from mmdit import empty_mmdit
 from text import check_widths, load_text_encoders
 
 
 # --------------------------------------------------------------------------------------------------------- files
 
+JSON_START, SPACE = re.compile(r'\s*({\s*"|\[\s*["{])'), re.compile(r"\s*")
+
+
 def read_prompts(path):
-    """Prompts of a file: .txt (one a line), .jsonl (`prompt`, else `ori_prompt`), .csv or .tsv (column `prompt`)."""
+    """Prompts of a file in UTF-8, or in UTF-16 with its mark. What can't be read raises UserError.
+
+    .txt (one a line), .csv or .tsv (column `prompt`), .json, .jsonl or .ndjson (texts, or objects with `prompt`, else
+    `ori_prompt`, in a list or one after another). JSON is known by how it starts, too.
+    """
     path = Path(path)
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            lines = list(file)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if path.suffix == ".jsonl":
-        prompts = [prompt_of_json(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    elif path.suffix in (".csv", ".tsv"):
-        prompts = column_of_table(path, lines)
+    text, kind = read_text(path), path.suffix.lower()
+    if kind in (".json", ".jsonl", ".ndjson") or JSON_START.match(text):
+        prompts = prompts_of_json(path, text)
+    elif kind in (".csv", ".tsv"):
+        prompts = column_of_table(path, kind, text)
+    elif kind in (".txt", ""):
+        prompts = text.split("\n")
     else:
-        prompts = lines
+        raise UserError(f"{path}: prompts are read from .txt, .json, .jsonl, .csv and .tsv, not from {kind}")
     prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
     if not prompts:
         raise UserError(f"{path}: holds no prompt")
     return prompts
 
 
-def prompt_of_json(path, number, line):
+def read_text(path):
+    """The text of a file, its lines ended by "\\n"."""
     try:
-        record = json.loads(line)
-        prompt = record["prompt"] if record.get("prompt") else record["ori_prompt"]
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text, nor UTF-16 with its mark (byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if "\0" in text:
+        raise UserError(f"{path}: not UTF-8 text, nor UTF-16 with its mark (holds NUL characters)")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def prompts_of_json(path, text):
+    records, at, decoder = [], 0, json.JSONDecoder()
+    try:
+        while (at := SPACE.match(text, at).end()) < len(text):
+            value, at = decoder.raw_decode(text, at)
+            records += value if isinstance(value, list) else [value]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    return [prompt_of_record(path, number, record) for number, record in enumerate(records, 1)]
+
+
+def prompt_of_record(path, number, record):
+    try:
+        prompt = record if isinstance(record, str) else record.get("prompt") or record["ori_prompt"]
         prompt.encode()  # fails where it is no text, or half a character
         return prompt
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}, line {number}: no JSON object with a text `prompt` or `ori_prompt`") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}, record {number}: neither text nor an object with a text `prompt` or `ori_prompt`"
+                        ) from error
 
 
-def column_of_table(path, lines):
-    style = {"delimiter": ","} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+def column_of_table(path, kind, text):
+    head = text.partition("\n")[0]
+    style = {"delimiter": ";" if ";" in head and "," not in head else ","} if kind == ".csv" else \
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     try:
-        header, *rows = list(csv.reader(lines, **style)) or [[]]
+        header, *rows = list(csv.reader(io.StringIO(text), **style)) or [[]]
     except csv.Error as error:
-        raise UserError(f"{path}: cannot be read as a table in {path.suffix} format ({error})") from error
+        raise UserError(f"{path}: cannot be read as a table in {kind} format ({error})") from error
     columns = [name.strip().lower() for name in header]
     if "prompt" not in columns:
-        raise UserError(f"{path}: no column named prompt (found: {', '.join(columns) or 'nothing'})")
+        raise UserError(f"{path}: no column named prompt (found: {one_line(', '.join(columns), 200) or 'nothing'})")
     return [row[columns.index("prompt")] for row in rows if len(row) > columns.index("prompt")]
 
 

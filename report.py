@@ -12,6 +12,7 @@ import parallel
 import shapes
 import weights
 from pictures import contact_sheet
+from pipeline import decode
 from vae import VAE
 
 
@@ -92,8 +93,7 @@ class Reconstruction(NamedTuple):
 
     @torch.no_grad()
     def images(self, prompts, seeds):
-        decoded = (self.vae.decode(part) for part in shapes.true_latents(self.vae, prompts, seeds).split(64))
-        return torch.cat([part.float().clamp(-1, 1).cpu() for part in decoded])
+        return decode(self, shapes.true_latents(self.vae, prompts, seeds))
 
 
 def measure(samplers, model, teacher, quiet=False):

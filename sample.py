@@ -6,14 +6,13 @@
 """
 
 import sys
-from pathlib import Path
 
 import commandline
 import weights
 from commandline import CommandLine, UserError, find_device
-from pictures import write_images
-from pipeline import (DTYPES, HEADER, TINY, decode, generate, load_pipeline, open_sampler, save_pipeline,
-                      save_single_file, split_model)
+from pictures import sheet_path, write_images
+from pipeline import (DTYPES, HEADER, TINY, load_pipeline, open_sampler, save_pipeline, save_single_file,
+                      split_model)
 from prompts import read_prompts
 
 
@@ -23,7 +22,7 @@ def main():
     add("--model", default=str(TINY), help="file, folder or Hugging Face id (default: the tiny SD3); behind it "
         "@shift=2,cache=4-7: another shift of the noise levels; blocks 4 to 7, from 0, run in the first step only")
     add("--prompt", type=commandline.utf8, action="append", default=[], help="may be given several times")
-    add("--prompts", help="a file of prompts: .txt, .jsonl, .csv or .tsv")
+    add("--prompts", help="a file of prompts: .txt, .json, .jsonl, .csv or .tsv")
     add("--negative", type=commandline.utf8, default="", help="the prompt that guidance moves away from")
     add("--steps", type=commandline.count, help="default: the model's own, 28 for a teacher")
     add("--guidance", type=commandline.number(0), help="w; default: the model's own, 7 for a teacher")
@@ -32,9 +31,9 @@ def main():
     add("--count", type=commandline.count, default=1, help="images per prompt")
     add("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
     add("--device", help="default: cuda if there is one, else cpu")
-    add("--out", default="samples", help="FILE.png, or a folder (default: samples)")
-    add("--export", metavar="PATH", help="draw nothing, but write the model: to FILE.safetensors in Stability's "
-        "single-file layout (for ComfyUI), or to a folder in diffusers'")
+    add("--out", type=commandline.output(".png"), default="samples", help="FILE.png, or a folder (default: samples)")
+    add("--export", type=commandline.output(".safetensors"), metavar="PATH", help="draw nothing, but write the model: "
+        "to FILE.safetensors in Stability's single-file layout (for ComfyUI), or to a folder in diffusers'")
     args = parser.parse_args()
     if args.export:
         export(args)
@@ -43,27 +42,30 @@ def main():
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts:
         raise UserError("nothing to draw: give --prompt TEXT or --prompts FILE")
-    out = Path(args.out)
-    weights.check_writable(out if out.suffix == ".png" else out / "sheet.png")
+    weights.check_writable(sheet_path(args.out))
     device = find_device(args.device)
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-    pipeline, options = open_sampler(args.model, device, dtype)
-    options.update({name: value for name in ("steps", "guidance") if (value := getattr(args, name)) is not None})
+    sampler = open_sampler(args.model, device, dtype)
+    given = {name: value for name in ("steps", "guidance") if (value := getattr(args, name)) is not None}
+    sampler.options.update(given, size=args.size, negative=args.negative, progress=True)
 
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.count)]
-    latents = generate(pipeline, *zip(*jobs), size=args.size, negative=args.negative, progress=True, **options)
-    for path in write_images(decode(pipeline, latents), out, jobs, columns=args.count):
+    batch = sampler.pipeline.batch(args.size)
+    images = (image for i in range(0, len(jobs), batch) for image in sampler.images(*zip(*jobs[i:i + batch])))
+    for path in write_images(images, args.out, jobs, columns=args.count):
         print(path)
 
 
 def export(args):
     """Write the model in the layout that the name asks for."""
-    path = Path(args.export)
-    single = path.suffix == ".safetensors"
+    path, (model, options) = args.export, split_model(args.model)
+    single = path.suffix.lower() == ".safetensors"
+    if options:
+        raise UserError(f"{args.model}: --export writes the model as it is; leave out what comes after the @")
     weights.check_writable(path if single else path / "model_index.json")
     if path.exists() and (single or any(path.iterdir())):
         raise UserError(f"{path}: is there already")
-    pipeline = load_pipeline(split_model(args.model)[0], dtype=DTYPES[args.dtype or "fp32"])
+    pipeline = load_pipeline(model, dtype=DTYPES[args.dtype or "fp32"])
     if single and pipeline.cache is not None:
         print("note: a single file has no place for the compensator: all blocks run in every step", file=sys.stderr)
     header = {name: pipeline.mmdit.metadata[name] for name in HEADER if name in pipeline.mmdit.metadata}

@@ -364,7 +364,7 @@ def true_scenes(prompts, seeds):
 @torch.no_grad()
 def true_latents(vae, prompts, seeds):
     """The latents of true scenes that prompts describe: what a perfect generator's would be."""
-    scenes = render(*true_scenes(prompts, seeds)).to(vae.encoder.conv_in.weight.device)
+    scenes = render(*true_scenes(prompts, seeds)).to(vae.encoder.conv_in.weight)
     return torch.cat([vae.encode(part) for part in scenes.split(64)])
 
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderMo
 from transformers.utils import logging as transformers_logging
 
 import weights
-from commandline import UserError
+from commandline import UserError, one_line
 
 T5_LENGTH = 256    # tokens, as in diffusers and the paper; a tokenizer with a smaller maximum keeps its own
 EXTRA = 1000       # tokens beside a vocabulary, at most; T5 has 100
@@ -69,8 +69,9 @@ class TextEncoders(nn.Module):
             if len(ids) > length and prompt not in self.cut[reader]:
                 self.cut[reader].add(prompt)  # once, though training reads a prompt often and both CLIPs cut it alike
                 if len(self.cut[reader]) <= SHOWN:
-                    lost = tokenizer.decode(ids[length - 1:], skip_special_tokens=True).strip()
-                    print(f"warning: {reader} reads {length} tokens of this prompt of {len(ids)}; cut off: \"{lost}\"",
+                    lost = tokenizer.decode(ids[length - 1:], skip_special_tokens=True)
+                    print(f"warning: {reader} reads {length} tokens of this prompt of {len(ids)}; cut off: "
+                          f"\"{one_line(lost, 400)}\"",
                           file=sys.stderr)
                 elif len(self.cut[reader]) == SHOWN + 1:
                     print(f"warning: more prompts are too long for {reader}; they are cut and counted, but not shown",

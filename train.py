@@ -138,8 +138,8 @@ def parse_arguments(words=None):
     parser.add_argument("--seed", type=commandline.seed, default=0)
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; default: bf16 where it is faster")
-    parser.add_argument("--out", help="default: runs/stage0, runs/stage1, runs/stage1-4steps (for --steps 4), "
-                        "runs/stage2, …; of official models below runs/PRESET")
+    parser.add_argument("--out", type=commandline.output(), help="a folder; default: runs/stage0, runs/stage1, "
+                        "runs/stage1-4steps (for --steps 4), runs/stage2, …; of official models below runs/PRESET")
     parser.add_argument("--resume", action="store_true", help="go on from where the run in --out stopped")
     args = parser.parse_args(words)
     if stage is None:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import secrets
+import struct
 import tempfile
 import textwrap
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import huggingface_hub
 import torch
 from huggingface_hub import errors as hub
 from filelock import FileLock, Timeout
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -343,7 +345,8 @@ class NetworkFiles:
 
 
 LIBRARY_ERRORS = (OSError, ImportError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
-                  AssertionError, RuntimeError, SafetensorError, hub.StrictDataclassError)
+                  AssertionError, RuntimeError, SafetensorError, hub.StrictDataclassError,
+                  Image.DecompressionBombError, SyntaxError, struct.error)  # the last three of damaged pictures
 
 
 @contextmanager

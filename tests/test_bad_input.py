@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 import adversarial
 import commandline
 import mmdit
+import pictures
 import pipeline
 import prompts
 import sample
 import text
+import train
 import vae
 from commandline import UserError
 
@@ -63,9 +65,16 @@ def fails(tmp_path, monkeypatch, capfd):
     (["--size", "0"], "0"),
     (["--steps", "0"], "--steps"),
     (["--steps", "two"], "two"),
+    (["--steps", "9999999999"], "--steps"),
     (["--guidance", "nan"], "--guidance"),
+    (["--guidance", "inf"], "--guidance"),
     (["--seed", str(10**20)], "--seed"),
     (["--prompt", "half a character: \ud83d"], "--prompt"),
+    (["--prompt", "x", "--negative", "y", "--guidance", "1"], "--negative does nothing"),
+    (["--prompt", "x", "--out", "cat.jpg"], "give FILE.png or a folder"),
+    (["--prompt", "x", "--out", "cat.safetensors"], "give FILE.png or a folder"),
+    (["--export", "sd3.ckpt"], "give FILE.safetensors or a folder"),
+    (["--export", "sd3", "--model", "sd3@shift=2"], "after the @"),
     (["--prompt", "x", "--device", "nonsense"], "nonsense"),
     (["--prompt", "x", "--device", "meta"], "meta"),
     (["--prompt", "x", "--device", "cpu:x"], "cpu:x"),
@@ -112,13 +121,63 @@ def test_a_script_of_its_own_says_the_same(tmp_path):
 
 def test_images_are_written_and_their_paths_said(model, tmp_path, monkeypatch, capfd):
     arguments = ["--model", model, "--prompt", "a cat", "--size", "32x48", "--steps", "2", "--count", "2",
-                 "--out", tmp_path / "new" / "a.png"]
+                 "--out", tmp_path / "new" / "a.PNG"]
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
     sample.main()
-    names = ["a-000.png", "a-001.png", "a.png"]
+    names = ["a-000.png", "a-001.png", "a.PNG"]
     assert capfd.readouterr().out.split() == [str(tmp_path / "new" / name) for name in names]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == names
     assert Image.open(tmp_path / "new" / "a-000.png").size == (48, 32)
+
+
+def test_a_folder_with_a_name_like_a_files_is_taken_where_it_is_one(tmp_path):
+    with pytest.raises(UserError, match="student.safetensors is the name of another file; give a folder"):
+        train.parse_arguments(["--stage", "1", "--out", str(tmp_path / "student.safetensors")])
+    (tmp_path / "cat.jpg").mkdir()
+    for name in ("cat.jpg", "new", "v1.5", "exp.lr1e-4"):
+        assert commandline.output()(tmp_path / name) == tmp_path / name
+
+
+# ------------------------------------------------------------------------------------------ prompts of any form, sheets
+
+ODD = {"line break": "a striped circle on the left of a\nlarge pink background",
+       "controls": "a\x00b\x1b[31m\r\x85\u2028c", "long": "circle " * 900, "very long": "x" * 1_000_000,
+       "combining": "\u0301" * 50, "right to left": "שלום עולם",
+       "emoji": "👩\u200d👩\u200d👧 🐈", "wide": "W" * 50, "empty": "", "blank": " \n "}
+
+
+@pytest.mark.parametrize("prompt", ODD.values(), ids=list(ODD))
+def test_a_sheet_stays_small_whatever_the_prompts_are(prompt):
+    sheet = pictures.contact_sheet(torch.zeros(4, 3, 8, 8), ["a cat", prompt], ["x", ""])
+    assert sheet.height == 20 + 2 * 132 and sheet.width < 500 + 2 * 132
+
+
+def test_a_prompt_with_a_line_break_is_drawn_whole_and_shown_as_one_line(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text(json.dumps([ODD["line break"], "a cross"]))
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompts", str(tmp_path / "a.json"), "--steps", "1", "--guidance",
+                                      "1", "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(pipeline, "LATENTS_AT_ONCE", 64)  # one image a batch
+    sample.main()
+    assert len(list((tmp_path / "out").iterdir())) == 3
+    drawn, sheet = (Image.open(tmp_path / "out" / name) for name in ("000.png", "sheet.png"))
+    expected, short = (pipeline.open_sampler(f"{pipeline.TINY}@steps=1,guidance=1").images([prompt], [0])[0]
+                       for prompt in (ODD["line break"], commandline.one_line(ODD["line break"])))
+    assert drawn.tobytes() == pictures.to_picture(expected).tobytes() != pictures.to_picture(short).tobytes()
+    assert sheet.height == 20 + 2 * 132 and sheet.width < 500 + 132
+
+
+@pytest.mark.parametrize("prompts, count, rows, columns", [(100, 2, 32, 2), (1, 100, 1, 64), (3, 50, 1, 50)])
+def test_images_are_written_as_they_come_and_a_sheet_shows_the_first(tmp_path, capfd, prompts, count, rows, columns):
+    jobs = [(f"{i}", seed) for i in range(prompts) for seed in range(count)]
+    drawn = []
+    images = (drawn.append(i) or torch.full((3, 8, 8), (i % 200) / 100 - 1) for i in range(len(jobs)))
+    paths = pictures.write_images(images, tmp_path, jobs, count)
+    assert next(paths) == tmp_path / "000.png" and drawn == [0]
+    assert len(list(paths)) == len(jobs) and f"shows {rows * columns} of the {len(jobs)}" in capfd.readouterr().err
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.height == 20 + 132 * rows and 132 * columns < sheet.width < 132 * columns + 40
+    last = Image.open(tmp_path / f"{(rows - 1) * count + columns - 1:03}.png").getpixel((0, 0))
+    assert sheet.getpixel((sheet.width - 5, sheet.height - 5)) == last
 
 
 # ------------------------------------------------------------------------------------------------------ model files
@@ -497,10 +556,21 @@ def test_a_mistake_in_our_code_is_not_blamed_on_the_files(make_pair, monkeypatch
     ("a.txt", "café".encode("latin-1"), "not UTF-8"),
     ("a.txt", b"PK\x03\x04\xff\xfe", "not UTF-8"),
     ("a.jsonl", b'{"prompt": "a cat"}\n{"prompt": a dog}\n', "line 2"),
-    ("a.jsonl", b'{"text": "a cat"}\n', "line 1"),
-    ("a.jsonl", b'{"prompt": 7}\n', "line 1"),
-    ("a.jsonl", b'["a cat"]\n', "line 1"),
-    ("a.jsonl", b'{"prompt": "half a character: \\ud83d"}\n', "line 1"),
+    ("a.jsonl", b'{"text": "a cat"}\n', "record 1"),
+    ("a.jsonl", b'{"prompt": 7}\n', "record 1"),
+    ("a.jsonl", b'{"prompt": "half a character: \\ud83d"}\n', "record 1"),
+    ("a.json", b'[\n"a cat",\n"a dog",,\n]', "line 3"),
+    ("a.json", b'["a cat", ["a dog"]]', "record 2"),
+    ("a.json", b'{"prompts": {"a": "cat"}}', "record 1"),
+    ("a.json", b"[" * 200_000, "cannot be read as JSON"),
+    ("a.json", b"[]", "holds no prompt"),
+    ("a.txt", b'[\n  {"prompt": "a cat"},\n', "cannot be read as JSON"),
+    ("a.yaml", b"- a cat\n", "not from .yaml"),
+    ("a.txt", "a cat".encode("utf-16-le"), "not UTF-8 text"),
+    ("a.txt", "a cat".encode("utf-32"), "not UTF-8 text"),
+    ("a.txt", "a cat".encode("utf-16") + b"x", "not UTF-8 text"),
+    ("a.txt", "猫の写真".encode("utf-16-le"), "not UTF-8 text"),
+    ("a.parquet", b"PAR1\x15\x04\x15\x00", "not UTF-8 text"),
     ("a.csv", b"text,style\na cat,photo\n", "no column named prompt"),
     ("a.csv", b"", "no column named prompt"),
     ("a.csv", b"prompt\n", "holds no prompt"),
@@ -522,10 +592,24 @@ def test_a_folder_as_prompt_file(fails, tmp_path):
     ("a.jsonl", '{"ori_prompt": "a \\"red\\" cat"}\n{"prompt": "two dogs, é", "ori_prompt": "dogs"}'),
     ("a.csv", 'id,Prompt\n1,"a ""red"" cat"\n2,"two dogs, é"\n3\n'),
     ("a.tsv", 'Prompt\tCategory\na "red" cat\tAnimals\ntwo dogs, é\tAnimals\n'),
+    ("a.JSONL", '{"prompt": "a \\"red\\" cat"}\r\n"two dogs, é"\r\n'),
+    ("a.ndjson", '{"prompt": "a \\"red\\" cat"}\n{"prompt": "two dogs, é"}'),
+    ("a.json", '[\n  "a \\"red\\" cat",\n  "two dogs, é"\n]'),
+    ("a.Json", '[{"id": 1, "prompt": "a \\"red\\" cat"}, {"prompt": null, "ori_prompt": "two dogs, é"}]'),
+    ("a.json", '{"prompt": "a \\"red\\" cat"}\n{"prompt": "two dogs, é"}'),
+    ("a.txt", ' [\n  {"prompt": "a \\"red\\" cat"},\n  {"prompt": "two dogs, é"}\n]'),
+    ("a.CSV", 'prompt;id\n"a ""red"" cat";1\ntwo dogs, é;2\n'),
+    ("prompts", 'a "red" cat\rtwo dogs, é'),
 ])
-def test_prompt_files_are_read(tmp_path, name, content):
-    (tmp_path / name).write_text(content, encoding="utf-8")
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_prompt_files_are_read(tmp_path, name, content, encoding):
+    (tmp_path / name).write_bytes(content.removeprefix("\ufeff" * (encoding == "utf-16")).encode(encoding))
     assert prompts.read_prompts(tmp_path / name) == ['a "red" cat', "two dogs, é"]
+
+
+def test_brackets_alone_make_no_json(tmp_path):
+    (tmp_path / "a.txt").write_text("[1] a cat\n{a|b} dog\n[photo], a cow\n")
+    assert prompts.read_prompts(tmp_path / "a.txt") == ["[1] a cat", "{a|b} dog", "[photo], a cow"]
 
 
 def test_only_line_ends_end_a_prompt(tmp_path):
@@ -547,6 +631,12 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning(make_pair, capfd):
     short_context, short_pooled = encoders([start])
     assert torch.equal(context, short_context) and torch.equal(pooled, short_pooled)
     assert capfd.readouterr().err == ""
+
+
+def test_the_warning_of_a_long_prompt_is_one_short_line(make_pair, capfd):
+    text.load_text_encoders(make_pair("SD3-Medium", "folder").path)(["red\n" * 5000])
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("warning: ") and len(line) < 500 for line in lines)
 
 
 def test_long_prompts_after_the_third_are_counted_and_not_shown(make_pair, capfd):

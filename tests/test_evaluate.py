@@ -34,7 +34,7 @@ def run(monkeypatch, tmp_path):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--out", str(tmp_path / "out")])
         evaluate.main()
-        return {file.name: file.read_text() for file in (tmp_path / "out").glob("*.*")}
+        return {file.name: file.read_text() for file in (tmp_path / "out").glob("*.*") if file.suffix != ".png"}
 
     monkeypatch.setattr(shapes, "THOROUGH", {"captions": 6, "samples": 2, "renders": 64, "draws": 2})
     return call
@@ -192,6 +192,66 @@ class Distance(nn.Module):
         return (a - b).abs().mean()
 
 
+def halves(mode, left, right, size=(40, 20)):
+    """An image of one colour left and another right."""
+    image = Image.new(mode, size, right)
+    image.paste(left, (0, 0, size[0] // 2, size[1]))
+    return image
+
+
+def turned(picture, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return picture, {"exif": exif}
+
+
+PALETTE = halves("P", 1, 0)
+PALETTE.putpalette([0, 0, 255, 255, 0, 0])
+SIXTEEN_BITS = Image.fromarray(np.uint16([[0x4080] * 20 + [0xC000] * 20] * 20))
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+PHOTOGRAPHS = {  # name: (picture, how it is saved), its top left and bottom right pixel
+    "16 bits.png": ((SIXTEEN_BITS, {}), 3 * (64,), 3 * (191,)),
+    "8 bits.png": ((halves("L", 64, 191), {}), 3 * (64,), 3 * (191,)),
+    "1 bit.png": ((halves("1", 0, 1), {}), 3 * (0,), WHITE),
+    "upright.jpg": ((halves("RGB", RED, BLUE), {}), RED, BLUE),
+    "upside down.jpg": (turned(halves("RGB", RED, BLUE), 3), BLUE, RED),
+    "mirrored.png": (turned(halves("RGB", RED, BLUE), 2), BLUE, RED),
+    "on its side.jpg": (turned(halves("RGB", RED, BLUE), 6), RED, BLUE),
+    "clear.png": ((halves("RGBA", (255, 0, 0, 255), (0, 0, 0, 0)), {}), RED, WHITE),
+    "clear.webp": ((halves("RGBA", (255, 0, 0, 255), (0, 0, 0, 0)), {"lossless": True}), RED, WHITE),
+    "half clear.png": ((halves("LA", (0, 255), (0, 128)), {}), 3 * (0,), 3 * (127,)),
+    "clear colour.png": ((halves("RGB", RED, BLUE), {"transparency": BLUE}), RED, WHITE),
+    "clear in a palette.png": ((PALETTE, {"transparency": 0}), RED, WHITE),
+    "for print.jpg": ((halves("CMYK", (0, 255, 255, 0), (255, 255, 0, 0)), {}), RED, BLUE),
+    "moves.webp": ((halves("RGB", RED, BLUE), {"save_all": True, "append_images": [Image.new("RGB", (40, 20))],
+                                               "lossless": True}), RED, BLUE),
+}
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_are_seen_as_a_viewer_shows_them(tmp_path, name):
+    (picture, how), first, last = PHOTOGRAPHS[name]
+    picture.save(tmp_path / name, **how)
+    seen = evaluate.open_picture(tmp_path / name)
+    assert seen.size == ((20, 40) if "its side" in name else (40, 20)) and seen.mode == "RGB"
+    corners = seen.getpixel((1, 1)), seen.getpixel((seen.width - 2, seen.height - 2))
+    assert np.abs(np.subtract(corners, (first, last))).max() <= (3 if name.endswith("jpg") else 0), corners
+    cropped = evaluate.open_picture(tmp_path / name, crop=True)
+    assert cropped.size == (512, 512) and np.abs(np.subtract(cropped.getpixel((20, 20)), first)).max() <= 8
+
+
+def test_what_is_no_photograph_is_named(tmp_path):
+    Image.new("RGB", (64, 64), RED).save(tmp_path / "a.jpg")
+    whole = (tmp_path / "a.jpg").read_bytes()
+    for content in (whole[:len(whole) - 60], b"", b"GIF89a", b"text"):
+        (tmp_path / "a.jpg").write_bytes(content)
+        with pytest.raises(commandline.UserError, match="a.jpg: cannot be read as PNG, JPEG or WebP"):
+            evaluate.open_picture(tmp_path / "a.jpg")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(commandline.UserError, match="bomb.png: cannot be read"):
+        evaluate.open_picture(tmp_path / "bomb.png")
+
+
 # -------------------------------------------------------------------------------------------------------------- speed
 
 def test_the_reuse_error_of_every_block_is_written_for_a_teacher_at_a_students_levels(run):
@@ -264,6 +324,7 @@ def test_the_cached_blocks_are_the_presets_where_one_is_as_deep_and_lie_inside_a
     ("speed --preset sd3-medium --depth 25", "has 24 blocks"),
     ("speed nowhere", "nowhere"),
     ("reuse nowhere", "nowhere"),
+    ("reuse --out table.md", "table.md is the name of another file"),
     ("ablate --only everything", "invalid choice"),
 ])
 def test_wrong_arguments_end_in_one_line(words, message, judges, monkeypatch, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import flow
 import pipeline
 import report
+import sample
 import shapes
 import weights
 from commandline import UserError
@@ -48,6 +50,45 @@ def test_each_distinct_prompt_is_encoded_once_and_every_image_is_that_of_its_own
     together = pipeline.generate(tiny, prompts, range(5), steps=2)
     assert torch.allclose(together, torch.cat(separate), atol=1e-4)
     assert encoded == ["", "a circle", "a cross"]  # the empty prompt, for the guidance
+
+
+@pytest.mark.parametrize("tensor, scale, what", [
+    ("vae.decoder.conv_in.weight", 1e4, "images"), ("vae.decoder.conv_out.weight", 5e4, "images"),
+    ("mmdit.joint_blocks.3.x_block.mlp.fc1.weight", 1e5, "latents")])
+def test_what_overflows_in_fp16_is_an_error_and_an_image_in_bf16(tensor, scale, what):
+    part, name = tensor.split(".", 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        sampler = pipeline.open_sampler(f"{pipeline.TINY}@steps=1,guidance=1", dtype=dtype)
+        getattr(sampler.pipeline, part).state_dict()[name].mul_(scale)
+        if dtype == torch.bfloat16:
+            assert sampler.images(["a circle"], [0]).isfinite().all()
+        else:
+            with pytest.raises(UserError, match=f"the {what} are not finite: in fp16, take bf16 or fp32"):
+                sampler.images(["a circle"], [0])
+
+
+def test_a_guidance_that_overflows_writes_no_black_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt", "x", "--steps", "2", "--guidance", "1e30", "--out",
+                                      str(tmp_path / "out")])
+    with pytest.raises(UserError, match="the latents are not finite.*at a large guidance, a lower one"):
+        sample.main()
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_plain_image_is_no_error_and_a_negative_prompt_that_nothing_reads_is_one(tiny, monkeypatch):
+    monkeypatch.setattr(tiny.vae, "decode", lambda latents: torch.full((1, 3, 64, 64), -2.0))
+    assert pipeline.decode(tiny, torch.zeros(1, 16, 8, 8)).unique().tolist() == [-1]
+    monkeypatch.setattr(tiny.mmdit, "metadata", {"sigmas": "[1.0, 0.75, 0.0]", "guidance": "1.0"})
+    with pytest.raises(UserError, match="does nothing at a guidance of 1"):
+        pipeline.generate(tiny, ["a circle"], [0], negative="a cross")
+    plain, away = (pipeline.generate(tiny, ["a circle"], [0], negative=words, guidance=2) for words in ("", "a cross"))
+    assert not torch.allclose(plain, away, atol=0.1)
+
+
+def test_true_scenes_are_autoencoded_in_the_dtype_of_the_model(tiny):
+    halves = pipeline.load_vae(pipeline.TINY, dtype=torch.bfloat16)
+    fine, coarse = (report.Reconstruction(vae).images(["a circle"], [0]) for vae in (tiny.vae, halves))
+    assert coarse.dtype == torch.float32 and (fine - coarse).abs().mean() < 0.02
 
 
 def test_a_transformer_that_reads_other_text_than_its_encoders_give_is_refused(tiny, make_pair, tmp_path):
