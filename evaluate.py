@@ -369,7 +369,8 @@ def every_range(args, pipeline, nodes, errors, samples=32):
     for first, last in tqdm([(a, b) for a in range(depth) for b in range(a, depth)], desc="ranges"):
         sampler = Sampler(replace(pipeline, cache=cache.Cache((first, last))), {"sigmas": nodes, "guidance": 1.0})
         measured = shapes.measure(sampler.images, recogniser, samples=samples)
-        row = (errors[first:last + 1, 0].sum().item(), *(measured[name]["mean"][0] for name in ("adherence", "fidelity")))
+        adherence, distance = (measured[name]["mean"][0] for name in ("adherence", "fidelity"))
+        row = errors[first:last + 1, 0].sum().item(), adherence, distance
         found.setdefault(last + 1 - first, {})[f"{first}-{last}"] = row
         cost = cache.effective_nfe(depth, (first, last), len(nodes) - 1)
         lines.append(f"| {first}-{last} | {cost:.2f} | {row[0]:.2f} | {row[1]:.3f} | {row[2]:.4f} |")

@@ -259,6 +259,16 @@ def test_the_reuse_error_of_every_block_is_written_for_a_teacher_at_a_students_l
     assert "from σ = 1 to 0.75" in text and text.count("\n| ") == 13
 
 
+def test_every_range_of_blocks_is_re_used_and_its_cost_compared_with_the_errors(run, monkeypatch):
+    def measure(draw, recogniser, samples):
+        first, last = draw.__self__.pipeline.cache.blocks
+        return {"adherence": {"mean": (1, 0)}, "fidelity": {"mean": (abs(first - 3) + 0.1 * last, 0)}}
+
+    monkeypatch.setattr(shapes, "measure", measure)
+    text = run("reuse", TINY, "--ranges")["ranges.md"]
+    assert text.count("\n| ") == 77 + 2 + 10 and "\n| 4 |" in text and " | 3-6 | " in text
+
+
 def test_functions_are_timed_in_turn_after_a_round_that_does_not_count():
     calls = []
     seconds = costs.clock({name: partial(calls.append, name) for name in "ab"}, torch.device("cpu"), rounds=2)
