@@ -91,7 +91,6 @@ class Reconstruction(NamedTuple):
     vae: VAE
     options: dict = {"autoencoder": 1}
 
-    @torch.no_grad()
     def images(self, prompts, seeds):
         return decode(self, shapes.true_latents(self.vae, prompts, seeds))
 

@@ -117,16 +117,16 @@ def test_a_model_is_what_its_files_hold_wherever_they_lie(tmp_path):
 
 def test_what_the_teacher_scores_ships_with_it_and_is_measured_anew_only_if_it_changed(tiny, tmp_path, monkeypatch):
     measured = []
-    monkeypatch.setattr(shapes, "measure", lambda *arguments: measured.append(arguments) or "anew")
+    monkeypatch.setattr(shapes, "measure", lambda *inputs, **more: measured.append(inputs) or "anew")
     nodes = flow.student_sigmas(2, tiny.shift)
     samplers = {"teacher, 28 steps": pipeline.Sampler(tiny, {"steps": 28, "guidance": 7.0}),
                 "teacher, 2 steps": pipeline.Sampler(tiny, {"sigmas": nodes, "guidance": 7.0}),
                 "teacher, 3 steps": pipeline.Sampler(tiny, {"steps": 3, "guidance": 7.0}),
                 "student": pipeline.Sampler(tiny, {"steps": 28, "guidance": 7.0})}
-    found = report.measure(samplers, pipeline.TINY, quiet=True)
+    found = report.measure(samplers, pipeline.TINY, None, quiet=True)
     assert [name for name, measures in found.items() if measures == "anew"] == ["teacher, 3 steps", "student"]
     shipped = json.loads((pipeline.TINY / "measures.json").read_text())
     assert found["teacher, 2 steps"] in shipped["measures"].values()
     shutil.copytree(pipeline.TINY, tmp_path / "model")
     weights.write_json(tmp_path / "model" / "transformer" / "config.json", {"num_attention_heads": 2, "changed": True})
-    assert set(report.measure(samplers, tmp_path / "model", quiet=True).values()) == {"anew"}
+    assert set(report.measure(samplers, tmp_path / "model", None, quiet=True).values()) == {"anew"}
