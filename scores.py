@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
 
 import weights
 from pictures import picture_bytes
-from text import checked, silence_transformers
+from text import silence_transformers
 
 
 class Clip(NamedTuple):
@@ -105,7 +105,11 @@ def load_network(kind, path, device):
     path = weights.find_model(path)
     with weights.library_errors(path, f"be opened by {kind.__name__}"):
         model, report = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True)
-    return checked(model, report, path).to(device).requires_grad_(False).eval()
+    if report["missing_keys"]:
+        raise weights.UserError(f"{path}: tensor {min(report['missing_keys'])} is missing")
+    for name, tensor in model.state_dict().items():
+        weights.check_finite(path, name, tensor)
+    return model.to(device).requires_grad_(False).eval()
 
 
 def load_processor(kind, path):
