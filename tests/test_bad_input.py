@@ -482,6 +482,8 @@ def test_damaged_settings(model, name, content):
     ("text_encoder/config.json", {"num_attention_heads": 0}),
     ("tokenizer/tokenizer_config.json", {"model_max_length": "long"}),
     ("tokenizer/tokenizer_config.json", {"pad_token": None}),
+    ("tokenizer/tokenizer_config.json", {"eos_token": "of another model"}),
+    ("tokenizer_3/tokenizer_config.json", {"extra_ids": 10**9}),
 ], ids=str)
 def test_settings_that_make_no_sense(model, name, settings):
     file, part = model / name, name.split("/")[0]
@@ -509,6 +511,12 @@ def test_sizes_are_those_of_the_tensors_whatever_the_settings_say(make_pair, mod
     put_file(file, json.dumps({**json.loads(file.read_text()), **sizes}).encode())
     words, expected = ["a red circle"], make_pair("SD3-Medium", "folder").ours.text
     assert torch.equal(text.load_text_encoders(model)(words)[1], expected(words)[1])
+
+
+def test_both_clips_read_as_many_tokens_as_either_tokenizer_gives(model):
+    file = model / "tokenizer" / "tokenizer_config.json"
+    put_file(file, json.dumps({**json.loads(file.read_text()), "model_max_length": 5}).encode())
+    assert text.load_text_encoders(model)(["a red circle"])[0].shape == (1, 5 + 13, 224)
 
 
 def test_a_tokenizer_without_its_vocabulary_is_not_taken_for_an_empty_one(model):

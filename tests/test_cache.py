@@ -205,6 +205,7 @@ def test_blocks_that_do_not_fit_are_refused(blocks, steps):
 
 
 @pytest.mark.parametrize("damage", ["another width", "blocks outside", "no blocks", "two ranges", "not JSON",
+                                    "half a block", "NaN",
                                     "a tensor too few"])
 def test_a_compensator_that_does_not_fit_the_student_is_refused(damage, tmp_path):
     student = random_network()
@@ -214,8 +215,10 @@ def test_a_compensator_that_does_not_fit_the_student_is_refused(damage, tmp_path
     assert cache.load_cache(tmp_path, student).blocks == (1, 2) if damage != "another width" else True
     if damage == "a tensor too few":
         tensors.pop("0.text.fc1.bias")
+    if damage == "NaN":
+        tensors["0.text.fc1.bias"][0] = torch.nan
     header = {"blocks outside": {"ranges": "[[1, 9]]"}, "no blocks": {}, "two ranges": {"ranges": "[[1, 2], [3, 4]]"},
-              "not JSON": {"ranges": "1-2"}}.get(damage, header)
+              "not JSON": {"ranges": "1-2"}, "half a block": {"ranges": "[[1, 1.5]]"}}.get(damage, header)
     save_file(tensors, file, header)
     with pytest.raises(UserError, match="compensator") as error:
         cache.load_cache(tmp_path, student)

@@ -28,6 +28,12 @@ def test_guidance_that_a_model_carries_is_taken_as_it_is_zero_too(tiny, monkeypa
     monkeypatch.setattr(tiny.mmdit, "metadata", {"sigmas": "[1.0, 0.75"})
     with pytest.raises(UserError, match="cannot be read as JSON"):
         tiny.sigmas()
+    for wrong in ("1", "{}", "[]", "[0]", "[1, NaN, 0]", "[1.5, 0]", "[1, 0.5]", "[0.5, 0.7, 0]", '["1", 0]', "[null]"):
+        monkeypatch.setattr(tiny.mmdit, "metadata", {"sigmas": wrong, "guidance": "[1]"})
+        with pytest.raises(UserError, match="do not fall"):
+            tiny.sigmas()
+    with pytest.raises(UserError, match="guidance, .* is no number"):
+        tiny.guidance()
 
 
 def test_models_can_be_named_with_how_they_are_sampled():
