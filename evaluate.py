@@ -30,14 +30,13 @@ import metrics
 import report
 import scores
 import shapes
-import train
 import truth
 import weights
 from commandline import CommandLine, UserError
 from mmdit import load_mmdit
 from networks import fast_bf16
 from pictures import figure_for, picture_bytes, to_picture, write_picture
-from pipeline import DTYPES, TINY, Sampler, load_pipeline, open_sampler, split_model
+from pipeline import DTYPES, TINY, Sampler, fake_folder, load_pipeline, open_sampler, split_model
 from prompts import read_prompts
 
 CLIP, VISION_MODEL = "openai/clip-vit-large-patch14", "facebook/dinov2-large"
@@ -391,7 +390,7 @@ def every_range(args, pipeline, nodes, errors, samples=32):
 def score(args):
     """Teacher, guided teacher and fake score beside the truth (truth.py), as a table and a plot."""
     teacher, (student, _) = load_pipeline(TINY, args.device), open_sampler(args.model, args.device)
-    fake, recipe = load_mmdit(train.fake_folder(args.model), args.device), student.carried("training")
+    fake, recipe = load_mmdit(fake_folder(args.model), args.device), student.carried("training")
     found = truth.compare(teacher, student, fake, args.captions, args.pool, 16, recipe["guidance"],
                           torch.Generator().manual_seed(0))
     for name in ("teacher", "guided", "guessed", "teacher there", "guided there", "fake score"):

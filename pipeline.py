@@ -244,6 +244,11 @@ def is_finished(folder):
     return (Path(folder) / "model_index.json").exists()
 
 
+def fake_folder(run):
+    """Where a run of Stage I leaves its fake score."""
+    return Path(run) / "fake"
+
+
 def save_single_file(pipeline, file, metadata=None):
     """Write all of an SD3 as one file in Stability's layout, text encoders included, and the tokenizers beside it.
 

@@ -2,16 +2,19 @@
 
     python sample.py --prompt "a striped red circle on a gray background"
 
+`--explain` draws one picture of what each step knew and what Stage I would have told the student (explain.py).
 `--export` draws nothing, but writes the model in another layout.
 """
 
 import sys
 
 import commandline
+import explain
 import weights
 from commandline import CommandLine, UserError, find_device
-from pictures import sheet_path, write_images
-from pipeline import (DTYPES, HEADER, TINY, load_pipeline, open_sampler, save_pipeline, save_single_file,
+from mmdit import load_mmdit
+from pictures import sheet_path, write_images, write_picture
+from pipeline import (DTYPES, HEADER, TINY, fake_folder, load_pipeline, open_sampler, save_pipeline, save_single_file,
                       split_model)
 from prompts import read_prompts
 
@@ -32,6 +35,8 @@ def main():
     add("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
     add("--device", help="default: cuda if there is one, else cpu")
     add("--out", type=commandline.output(".png"), default="samples", help="FILE.png, or a folder (default: samples)")
+    add("--explain", action="store_true", help="one picture that explains the sample of one prompt and seed")
+    add("--teacher", default=str(TINY), help="of --explain (default: the tiny SD3)")
     add("--export", type=commandline.output(".safetensors"), metavar="PATH", help="draw nothing, but write the model: "
         "to FILE.safetensors in Stability's single-file layout (for ComfyUI), or to a folder in diffusers'")
     args = parser.parse_args()
@@ -46,6 +51,9 @@ def main():
     device = find_device(args.device)
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     sampler = open_sampler(args.model, device, dtype)
+    if args.explain:
+        print(draw_explanation(args, sampler.pipeline, prompts, device, dtype))
+        return
     given = {name: value for name in ("steps", "guidance") if (value := getattr(args, name)) is not None}
     sampler.options.update(given, size=args.size, negative=args.negative, progress=True)
 
@@ -54,6 +62,21 @@ def main():
     images = (image for i in range(0, len(jobs), batch) for image in sampler.images(*zip(*jobs[i:i + batch])))
     for path in write_images(images, args.out, jobs, columns=args.count):
         print(path)
+
+
+def draw_explanation(args, student, prompts, device, dtype):
+    """Write the picture of explain.py; returns its path."""
+    if len(prompts) > 1 or args.count > 1:
+        raise UserError("--explain is for one prompt and one seed")
+    if student.carried("sigmas") is None:
+        raise UserError(f"{args.model}: --explain is for a student, which carries noise levels of its own")
+    fake = fake_folder(split_model(args.model)[0])
+    if not fake.exists():
+        print(f"note: {args.model} has no fake score, which Stage I leaves: the sheet is without", file=sys.stderr)
+    teacher = load_pipeline(args.teacher, device, dtype, text=student.text)
+    picture = explain.explain(student, teacher, load_mmdit(fake, device, dtype) if fake.exists() else None, prompts[0],
+                              args.seed)
+    return write_picture(picture, sheet_path(args.out))
 
 
 def export(args):

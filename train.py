@@ -37,7 +37,7 @@ from mmdit import read_shapes, save_mmdit
 from networks import (Arithmetic, NotFinite, adamw, descend, fast_bf16, frozen_network, open_networks, trainable,
                       whole)
 from pictures import write_picture
-from pipeline import DTYPES, TINY, Sampler, is_finished, load_pipeline, save_pipeline
+from pipeline import DTYPES, TINY, Sampler, fake_folder, is_finished, load_pipeline, save_pipeline
 from prompts import CachedText, draw_prompts, open_prompts, read_prompts, seeded, sheet_prompts
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -216,13 +216,8 @@ def stage1(args):
     run = Run(args, "stage 1", dict(zip(("student", "fake"), learned)), optimizers)
     distil(args, run, iterate, samplers, prompts, args.model)
     fake = whole(fake, args.model)
-    if parallel.is_first():  # for `evaluate.py score`; nothing samples with it
+    if parallel.is_first():  # for `evaluate.py score` and `sample.py --explain`; nothing samples with it
         save_mmdit(fake, fake_folder(args.out), sample_size=teacher.latent_shape()[1])
-
-
-def fake_folder(run):
-    """Where a run of Stage I leaves its fake score."""
-    return Path(run) / "fake"
 
 
 # ------------------------------------------------------------------------------------------------------- Stage II
