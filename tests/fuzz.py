@@ -63,9 +63,10 @@ def write_inputs(root):
     shutil.copytree(root / "folder" / "transformer", root / "shards")
     write_shards(root / "shards")
     for name, parts in {"clip": ["text_encoder", "tokenizer"], "t5": ["text_encoder_3", "tokenizer_3"],
-                        "judge": ["recogniser"], "cache": ["compensator"]}.items():
+                        "cache": ["compensator"], "judge": ["recogniser"], "backbone": ["backbone"]}.items():
         for part in parts:
-            shutil.copytree((pipeline.TINY if name == "judge" else root / "folder") / part, root / name / part)
+            source = root / "folder" / part
+            shutil.copytree(source if source.exists() else pipeline.TINY / part, root / name / part)
     parallel.save(root / "run", *run_parts(), {"step": 1, "name": "stage 1", "recipe": "{}"})
     (root / "prompts").mkdir()
     for kind, content in PROMPTS.items():
@@ -85,10 +86,10 @@ def write_inputs(root):
         "vae": Input(root / "folder/vae", lambda path: load_vae(path).decode(torch.zeros(1, 16, 2, 2)), 6),
         "clip": Input(root / "clip", lambda path: read(path, 0, "text_encoder"), 8),
         "t5": Input(root / "t5", lambda path: read(path, 2, "text_encoder_3"), 8),
-        "folder": Input(root / "folder", lambda path: draw(pipeline.load_pipeline(path)) is weights.identity(path), 1),
+        "folder": Input(root / "folder", lambda path: (draw(pipeline.load_pipeline(path)), weights.identity(path)), 1),
         "file": Input(root / "file", lambda path: draw(pipeline.load_pipeline(path / "sd3.safetensors")), 1),
         "cache": Input(root / "cache", lambda path: cache.load_cache(path, network), 5),
-        "backbone": Input(pipeline.TINY / "backbone", adversarial.load_backbone, 2),
+        "backbone": Input(root / "backbone", adversarial.load_backbone, 2),
         "judge": Input(root / "judge", shapes.load_recogniser, 2),
         "run": Input(root / "run", read_run, 6),
         "prompts": Input(root / "prompts", lambda path: [prompts.read_prompts(file) for file in path.iterdir()], 8)}
