@@ -83,7 +83,7 @@ def test_a_guidance_that_overflows_writes_no_black_picture(tmp_path, monkeypatch
 
 def test_a_plain_image_is_no_error_and_a_negative_prompt_that_nothing_reads_is_one(tiny, monkeypatch):
     monkeypatch.setattr(tiny.vae, "decode", lambda latents: torch.full((1, 3, 64, 64), -2.0))
-    assert pipeline.decode(tiny, torch.zeros(1, 16, 8, 8)).unique().tolist() == [-1]
+    assert pipeline.decode(tiny, torch.zeros(1, *tiny.latent_shape())).unique().tolist() == [-1]
     monkeypatch.setattr(tiny.mmdit, "metadata", {"sigmas": "[1.0, 0.75, 0.0]", "guidance": "1.0"})
     with pytest.raises(UserError, match="does nothing at a guidance of 1"):
         pipeline.generate(tiny, ["a circle"], [0], negative="a cross")
