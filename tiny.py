@@ -78,7 +78,7 @@ def make(folder, seed, arithmetic, train_part):
     with arithmetic.passes():
         samples = report.look_at_teacher(samplers[f"teacher, 28 steps, w = {STUDENT_GUIDANCE}"], recogniser.cpu())
         measured = report.measure(samplers, folder, samples)
-    best = max(GUIDANCES, key=lambda w: measured[f"teacher, 28 steps, w = {w}"]["adherence"]["mean"][0])
+    best = min(GUIDANCES, key=lambda w: measured[f"teacher, 28 steps, w = {w}"]["fidelity"]["mean"][0])
     save_pipeline(teacher, folder, {"guidance": str(float(best))}, dtype=torch.float16)
     for name in ENCODERS.values():
         shutil.copytree(TINY / name, folder / name, dirs_exist_ok=True)

@@ -98,7 +98,7 @@ STAGES = {0: {}, 1: STAGE1, 2: STAGE2}
 FASTER = {"at_once": 0, "recompute": False}  # where memory is no matter
 PRESETS = {  # what differs from these defaults; the number of cached blocks is the paper's, where they lie is ours
     "tiny": {"model": str(TINY),
-             1: {**FASTER, "iterations": 200, "batch": 48, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.80},
+             1: {**FASTER, "iterations": 200, "batch": 32, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.80},
              2: {**FASTER, "iterations": 700, "student_lr": 8e-5, "compensator_lr": 1e-3, "discriminator_lr": 2e-3,
                  "output_weight": 16.0, "feature_weight": 0.1, "cache": (1, 4), "lora": 0, "alone": 200, "warmup": 10,
                  "decay": True, "backbone": str(TINY)}},

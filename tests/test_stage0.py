@@ -174,13 +174,14 @@ def test_a_finished_part_is_not_made_again(tmp_path, monkeypatch):
 
 
 def test_stage_0_leaves_a_pipeline_that_carries_its_best_guidance_and_its_measures(tmp_path, monkeypatch, capsys):
-    adherence = iter([1.0, 0.2, 0.9, 1.0, 1.0, 1.0])  # the autoencoder; w = 1, 3; w = 7: 28 steps and students' 1, 2
+    distance = iter([0.0, 0.8, 0.1, 0.0, 0.0, 0.0])  # the autoencoder; w = 1, 3; w = 7: 28 steps and students' 1, 2
 
-    def measure(draw, recogniser):
+    def measure(draw, recogniser, teacher):
         brightness = draw(["a red circle"], [0]).mean().item()
-        return {"adherence": {"mean": (next(adherence), 0)}, "coverage": {"mean": (brightness, 0)}, "distribution": {}}
+        return {"fidelity": {"mean": (next(distance), 0)}, "coverage": {"mean": (brightness, 0)}, "distribution": {}}
 
     monkeypatch.setattr(shapes, "measure", measure)
+    monkeypatch.setattr(report, "look_at_teacher", partial(report.look_at_teacher, captions=4))
     for name, value in {"ITERATIONS": dict.fromkeys(tiny.ITERATIONS, 1), "POOL": 64, "DEPTH": 1, "GUIDANCES": (1, 3),
                         "STUDENT_STEPS": (1, 2)}.items():
         monkeypatch.setattr(tiny, name, value)
@@ -189,7 +190,7 @@ def test_stage_0_leaves_a_pipeline_that_carries_its_best_guidance_and_its_measur
     made, known = load_pipeline(tmp_path), report.known_measures(tmp_path)
     assert made.guidance() == 3 and "best guidance w = 3" in capsys.readouterr().out
     assert made.latent_shape() == (tiny.LATENT_CHANNELS, 16, 16) and made.shift == tiny.SHIFT
-    assert len(known) == 6
+    assert len(known) == 6 and report.known_teacher(tmp_path)[1].shape == (128, 128)
     one_step = Sampler(made, {"sigmas": torch.tensor([1.0, 0.0]), "guidance": 7.0})  # the files hold what was measured
     brightness, _ = known[report.options_key(one_step)]["coverage"]["mean"]
     assert one_step.images(["a red circle"], [0]).mean().item() == pytest.approx(brightness, abs=1e-6)
@@ -215,7 +216,7 @@ def test_the_shipped_measures_are_of_the_shipped_model_and_of_what_training_comp
     teacher = load_pipeline(TINY)
     keys = {name: report.options_key(sampler) for name, sampler in tiny.teacher_samplers(teacher).items()}
     assert {*keys.values(), report.options_key(report.Reconstruction(None))} == set(known)
-    best = max(tiny.GUIDANCES, key=lambda w: known[keys[f"teacher, 28 steps, w = {w}"]]["adherence"]["mean"][0])
+    best = min(tiny.GUIDANCES, key=lambda w: known[keys[f"teacher, 28 steps, w = {w}"]]["fidelity"]["mean"][0])
     assert teacher.guidance() == best
 
 
