@@ -60,7 +60,7 @@ class CommandLine(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def one_line(text, most=40):
+def one_line(text, most=64):
     """Text as it is shown: one line, of at most so many characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else line[:most - 1] + "…"

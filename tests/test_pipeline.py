@@ -49,7 +49,7 @@ def test_models_can_be_named_with_how_they_are_sampled():
 
 def test_each_distinct_prompt_is_encoded_once_and_every_image_is_that_of_its_own_prompt(tiny, monkeypatch):
     encoded, forward = [], type(tiny.text).forward
-    monkeypatch.setattr(pipeline, "LATENTS_AT_ONCE", 2 * 64)  # two images a batch
+    monkeypatch.setattr(pipeline, "LATENTS_AT_ONCE", 2 * 256)  # two images a batch
     prompts = ["a circle", "a circle", "a circle", "a cross", "a circle"]
     separate = [pipeline.generate(tiny, [prompt], [seed], steps=2) for seed, prompt in enumerate(prompts)]
     monkeypatch.setattr(type(tiny.text), "forward", lambda self, words: encoded.extend(words) or forward(self, words))
@@ -59,7 +59,7 @@ def test_each_distinct_prompt_is_encoded_once_and_every_image_is_that_of_its_own
 
 
 @pytest.mark.parametrize("tensor, scale, what", [
-    ("vae.decoder.conv_in.weight", 1e4, "images"), ("vae.decoder.conv_out.weight", 5e4, "images"),
+    ("vae.decoder.conv_in.weight", 1e4, "images"), ("vae.decoder.conv_out.weight", 1e6, "images"),
     ("mmdit.joint_blocks.3.x_block.mlp.fc1.weight", 1e5, "latents")])
 def test_what_overflows_in_fp16_is_an_error_and_an_image_in_bf16(tensor, scale, what):
     part, name = tensor.split(".", 1)
