@@ -75,7 +75,7 @@ def latents_error(theirs, ours, sigmas=None, guidance=4.0):
     reference = theirs(PROMPTS, negative_prompt=["blurry"] * len(PROMPTS), latents=noise, height=height, width=width,
                        guidance_scale=guidance, output_type="latent",
                        max_sequence_length=ours.text.t5_length, **levels).images
-    made = generate(ours, PROMPTS, range(len(PROMPTS)), size=(height, width), negative="blurry",
+    made = generate(ours, PROMPTS, range(len(PROMPTS)), size=(height, width), negative="blurry" if guidance > 1 else "",
                            guidance=guidance, sigmas=sigmas)
     return error(made, reference)
 

@@ -75,7 +75,7 @@ def test_the_table_shows_errors_but_of_what_is_counted():
 
 def test_a_model_of_other_pictures_is_not_measured_as_the_tiny_world(run, monkeypatch):
     monkeypatch.setattr(pipeline, "generate", None)  # found out before anything is drawn
-    monkeypatch.setattr(pipeline.Pipeline, "latent_shape", lambda pipeline, size=None: (16, 16, 16))
+    monkeypatch.setattr(pipeline.Pipeline, "latent_shape", lambda pipeline, size=None: (4, 32, 32))
     with pytest.raises(commandline.UserError, match="give --prompts"):
         run("quality")
 
