@@ -148,7 +148,7 @@ def step_windows(n, shift, whole=False):
 
 
 def noised_sample(states, windows, sigma, noise):
-    """A student's sample as Stage I looks at it at level σ (): the state after the step that owns σ, noised up to it.
+    """A student's sample as Stage I sees it at level σ (): the state after the step that owns σ, noised up (Sec. 3.2).
 
     states: of `rollout` -> (B, C, H, W)
     """

@@ -393,8 +393,6 @@ def score(args):
     fake, recipe = load_mmdit(fake_folder(args.model), args.device), student.carried("training")
     found = truth.compare(teacher, student, fake, args.captions, args.pool, 16, recipe["guidance"],
                           torch.Generator().manual_seed(0))
-    for name in ("teacher", "guided", "guessed", "teacher there", "guided there", "fake score"):
-        found[name] = found[name].sqrt()                                                # root mean squares
     rows = [f"| {level:g} | {' | '.join(f'{value:.3g}' for value in row)} |"
             for level, *row in zip(truth.LEVELS, *(values.tolist() for values in found.values()))]
     table = "\n".join([f"| σ | {' | '.join(found)} |", "|" + "---|" * (1 + len(found)), *rows])

@@ -280,8 +280,8 @@ def stage2(args):
         losses = accumulate(args, turn, parts)
         inputs = {"σ": nodes, "prompts": words}
         if not generators:
-            released = math.inf  # not clipped
-            descend([optimizers["discriminator_adamw"]], losses, released, inputs, args.offload)
+            # released: not clipped
+            descend([optimizers["discriminator_adamw"]], losses, math.inf, inputs, args.offload)
             return losses
         if cache and adversarial.generator_turns(step, *turns) < args.warmup:
             for parameter in trainable(student):  # at rest; requires_grad stays, FSDP2 would not notice its change
@@ -383,7 +383,6 @@ class Run:
             raise UserError(f"{self.folder}: made with other settings, {header.get('recipe')}; these are {self.recipe}")
         parallel.load(self.folder, self.networks, self.optimizers, self.offload)
         self.step = int(weights.parse_number(header.get("step"), f"{self.folder}/state.json: step", least=-1))
-
 
     def complaint(self, inputs):
         """What to tell the user where losses or gradients have not been finite. inputs: {name: what they are of}."""

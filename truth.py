@@ -12,6 +12,7 @@ import dmd
 import flow
 import shapes
 
+ERRORS = ("teacher", "guided", "guessed", "teacher there", "guided there", "fake score")
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
 
 
@@ -34,8 +35,9 @@ def optimal_velocity(x, sigma, pool):
 def compare(teacher, student, fake, captions, pool_size, batch, guidance, generator):
     """How far the networks' velocities are from the true one, level by level, a mean over captions.
 
-    teacher     a pipeline.Pipeline; student and fake score are networks of Stage I; `captions`: how many to try
-    pool_size   scenes that each caption's truth is a mean over; `batch`: noisy latents that are looked at
+    teacher     like the student a pipeline.Pipeline; fake: a network, the fake score of Stage I
+    captions    how many to try, each with `batch` noisy latents
+    pool_size   scenes that each caption's truth is a mean over
     -> {what: (levels,)}: root mean square errors of the velocity on noised true scenes ("teacher", "guided", "guessed":
     of no information but the pool's mean) and on the student's samples ("fake score", "teacher there", "guided there");
     cosines of the distribution-matching direction v_F - v_T with v_F - v*, gated off and on; effective sample sizes
@@ -52,7 +54,8 @@ def compare(teacher, student, fake, captions, pool_size, batch, guidance, genera
                                 torch.full((batch,), len(windows.nodes) - 1), cond)     # x_{σ_k} of all steps
         rows.append([of_level(torch.tensor(level), x0, noise, states, pool, windows, teacher.mmdit, fake, cond, uncond,
                               guidance) for level in LEVELS])
-    return {name: torch.tensor([[level[name] for level in row] for row in rows]).mean(0) for name in rows[0][0]}
+    means = {name: torch.tensor([[level[name] for level in row] for row in rows]).mean(0) for name in rows[0][0]}
+    return {name: mean.sqrt() if name in ERRORS else mean for name, mean in means.items()}
 
 
 def of_level(sigma, x0, noise, states, pool, windows, teacher, fake, cond, uncond, guidance):
