@@ -214,10 +214,7 @@ def stage1(args):
         f"teacher, 28 steps, w = {args.guidance:g}": Sampler(teacher, {"steps": 28, "guidance": args.guidance}),
         f"teacher, {args.steps} steps": Sampler(teacher, {"sigmas": windows.nodes, "guidance": args.guidance})}
     run = Run(args, "stage 1", dict(zip(("student", "fake"), learned)), optimizers)
-    distil(args, run, iterate, samplers, prompts, args.model)
-    fake = whole(fake, args.model)
-    if parallel.is_first():  # for `evaluate.py score` and `sample.py --explain`; nothing samples with it
-        save_mmdit(fake, fake_folder(args.out), sample_size=teacher.latent_shape()[1])
+    distil(args, run, iterate, samplers, prompts, args.model, fake)
 
 
 # ------------------------------------------------------------------------------------------------------- Stage II
@@ -470,15 +467,18 @@ def accumulate(args, losses_of, parts):
 
 # --------------------------------------------------------------------------------------------- what the stages share
 
-def distil(args, run, iterate, samplers, prompts, path):
+def distil(args, run, iterate, samplers, prompts, path, fake=None):
     """Stages I and II once all is set up: train, write the student as a model that needs no flags, and measure it.
 
     samplers: {name: Sampler}, of the "student" and what it is compared with. path: of a model of the student's shape.
+    fake: Stage I's fake score, kept for `evaluate.py score` and `sample.py --explain`; nothing samples with it.
     """
     fit(args, run, iterate, args.iterations, report.Sheet(samplers, sheet_prompts(prompts)))
     pipeline, options = samplers["student"]
-    mmdit = whole(pipeline.mmdit, path)
+    mmdit, fake = whole(pipeline.mmdit, path), fake and whole(fake, path)
     if parallel.is_first():
+        if fake:
+            save_mmdit(fake, fake_folder(args.out), sample_size=pipeline.latent_shape()[1])
         text = pipeline.text.open() if isinstance(pipeline.text, CachedText) else pipeline.text
         header = {"sigmas": json.dumps(options["sigmas"].tolist()), "guidance": "1.0", "training": run.recipe}
         save_pipeline(replace(pipeline, mmdit=mmdit, text=text), args.out, header, dtype=torch.float32)
