@@ -24,9 +24,9 @@ from cache import effective_nfe
 from commandline import UserError
 from networks import Arithmetic
 from pictures import contact_sheet, figure_for, write_picture
-from pipeline import DTYPES, TINY, is_finished, open_sampler
+from pipeline import DTYPES, TINY, is_finished, load_pipeline, open_sampler
 from prompts import sheet_prompts
-from report import known_teacher
+from report import Reconstruction, known_teacher
 
 
 class Arm(NamedTuple):
@@ -63,14 +63,18 @@ COLUMNS = {
     "fidelity": FIDELITY, "clean": ("fidelity", "clean"), "16-32 cycles, dB": ("spectrum", "16-32 cycles")}
 
 OURS, OURS4, STAGE2 = Arm("--stage 1"), Arm("--stage 1 --steps 4"), Arm("--stage 2")
+FLOOR = Arm(options="autoencoder")  # no model: true scenes that went through the autoencoder
 ALWAYS = Arm("--stage 1 --alpha 1")
 # the methods before ours, as settings of the same code: without gate and importance sampling; DMD also without windows
 TDM, TDM4 = (Arm(f"{arm.train} --alpha 1 --density uniform") for arm in (OURS, OURS4))
 DMD, DMD4 = (Arm(f"{arm.train} --windows whole") for arm in (TDM, TDM4))
-SFD4 = Arm("--stage 2 --cache none", start=OURS4.train)  # both stages, no cache; its real images are the teacher's
+SFD4 = Arm("--stage 2 --cache none", start=OURS4.train)  # both stages, no cache
+REFERENCES = {OURS.train: OURS4, OURS4.train: Arm("--stage 1 --steps 8")}  # of Stage II, by the student it starts from
 DISTILLED = {name: Arm(f"--stage 2 --objective {name} --student-lr 5e-4 --compensator-lr 2e-3")
              for name in ("output+feature", "output", "feature")}
-RANGES = {"1-4": (1, 4), "4-7": (4, 7), "7-10": (7, 10), "1-7": (1, 7), "1-10": (1, 10)}
+RANGES = {name: tuple(map(int, name.split("-")))
+          for name in ("1-4", "4-7", "7-10", "1-2", "1-6", "1-7", "1-9", "1-10")}
+WHERE, HOW_MANY = ("1-4", "4-7", "7-10"), ("1-2", "1-4", "1-6", "1-7", "1-9", "1-10")
 PLAIN = {f"{blocks} plain": Arm(OURS.train, f"cache={blocks}") for blocks in RANGES}
 TRAINED = {f"{blocks} co-trained": Arm(f"--stage 2 --cache {blocks}") for blocks in RANGES}
 # importance sampling is to make training faster: looked at while it is under way
@@ -78,8 +82,12 @@ DENSITIES = {name: Arm(f"--stage 1 --iterations 60 --density {name}") for name i
 
 
 def evaluations(kind):
-    """{arm: effective evaluations} of 2 steps with the RANGES cached, and without a cache."""
-    return {"none": 2.0, **{f"{name} {kind}": effective_nfe(tiny.DEPTH, blocks, 2) for name, blocks in RANGES.items()}}
+    """{arm: effective evaluations} of 2 steps with more and more blocks cached, and without a cache."""
+    return {"none": 2.0, **{f"{name} {kind}": effective_nfe(tiny.DEPTH, RANGES[name], 2) for name in HOW_MANY}}
+
+
+def some(arms, names):
+    return {label: arm for label, arm in arms.items() if label.split()[0] in names}
 
 
 ABLATIONS = {
@@ -97,7 +105,9 @@ ABLATIONS = {
         seeds=5),
     "headline": Ablation(
         "Few-step students side by side",
-        {**{f"teacher, {steps} × 2": Arm(options=f"steps={steps}") for steps in (28, 4, 2)},
+        {"true scenes, autoencoded": FLOOR,
+         **{f"teacher, {steps} × 2, w = 2": Arm(options=f"steps={steps},guidance=2") for steps in (28, 4, 2)},
+         "teacher, 28 × 2, w = 7": Arm(options="steps=28,guidance=7"),
          "DMD, 4": DMD4, "TDM, 4": TDM4, "ours, 4, Stage I": OURS4, "ours, 4 (SFD)": SFD4,
          "DMD, 2": DMD, "TDM, 2": TDM, "ours, 2": OURS, "ours, 1.67": STAGE2},
         [Claim("2 steps: ours is more diverse than TDM", "ours, 2", "TDM, 2", COVERAGE),
@@ -142,12 +152,17 @@ ABLATIONS = {
         "α: guidance is on up to this noise level",
         {"2-step student": {"α = 0.5": 0.5, "α = 0.8": 0.8, "α = 0.9": 0.9, "α = 1": 1.0}}),
     "range": Ablation(
-        "Which blocks, and how many (Fig. 12)",
-        {"none": OURS, **PLAIN, **TRAINED},
+        "Which blocks (Fig. 12)",
+        {"none": OURS, **some(PLAIN, WHERE), **some(TRAINED, WHERE)},
         [Claim("plain re-use: earlier blocks rather than the last", "1-4 plain", "7-10 plain", ADHERENCE),
-         Claim("co-trained: earlier blocks rather than the last", "1-4 co-trained", "7-10 co-trained", ADHERENCE)],
+         Claim("co-trained: earlier blocks rather than the last", "1-4 co-trained", "7-10 co-trained", ADHERENCE)]),
+    "frontier": Ablation(
+        "How many blocks: how far below two evaluations",
+        {"none": OURS, **some(PLAIN, HOW_MANY), **some(TRAINED, HOW_MANY), "1 step": Arm("--stage 1 --steps 1")},
+        [Claim("one and a sixth evaluations have more detail than one", "1-10 co-trained", "1 step", FIDELITY, -1)],
         "effective evaluations",
-        {"plain re-use": evaluations("plain"), "compensated, co-trained": evaluations("co-trained")}),
+        {"plain re-use": evaluations("plain"), "compensated, co-trained": evaluations("co-trained"),
+         "one step": {"1 step": 1.0}}),
     "density": Ablation(
         "Densities of noise levels (Fig. 10), at 60 iterations",
         DENSITIES,
@@ -204,6 +219,8 @@ def arithmetic(args):
 
 def open_arm(arm, seed, args):
     """An arm as a pipeline.Sampler. It is trained first, if it is not there yet."""
+    if arm == FLOOR:
+        return Reconstruction(load_pipeline(TINY, args.device).vae)
     if not arm.train:
         return open_sampler(f"{TINY}@{arm.options}", args.device)
     settings, folder = settings_of(arm, seed, args), folder_of(arm, seed, args.out)
@@ -236,11 +253,8 @@ def settings_of(arm, seed, args):
 
 
 def reference_of(arm):
-    """The arm that makes Stage II's real images: our 4-step student after both stages, for which the teacher does.
-
-    None: no other arm does.
-    """
-    return None if arm == SFD4 or "--reference" in arm.train else SFD4
+    """The arm that makes Stage II's real images: our student of twice as many steps. None: no other arm does."""
+    return None if "--reference" in arm.train else REFERENCES.get(arm.start)
 
 
 def slug(text):
@@ -364,9 +378,11 @@ def sheet(name, args, rows=6):
 
 
 def plot(name, seeds, out):
-    """Adherence, coverage and Fréchet distance along an ablation's axis, where matplotlib is installed."""
-    ablation, measures = ABLATIONS[name], {"adherence": ADHERENCE, "coverage": COVERAGE, "Fréchet distance": DISTANCE}
-    with figure_for(out / f"{name}-curve.png", size=(12, 3.5)) as figure:
+    """Four measures along an ablation's axis, where matplotlib is installed."""
+    ablation = ABLATIONS[name]
+    measures = {"adherence": ADHERENCE, "coverage": COVERAGE, "distance to a scene": FIDELITY,
+                "Fréchet distance": DISTANCE}
+    with figure_for(out / f"{name}-curve.png", size=(16, 3.5)) as figure:
         if figure is None:
             return
         for axes, (label, measure) in zip(figure.subplots(1, len(measures)), measures.items()):

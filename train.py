@@ -74,8 +74,8 @@ STAGE2 = {
     **BOTH,
     "steps": (None, [2, 4, 8], "n; default: as many as the student has"),
     "student": (None, str, "to start from; default: this preset's Stage I run, of 2 steps or of --steps"),
-    "reference": (None, str, "makes the real images; default: this preset's 4-step student, the one after both stages "
-                  "first, else the teacher; truth: true scenes (tiny world)"),
+    "reference": (None, str, "makes the real images; default: this preset's student of twice as many steps, the one "
+                  "after both stages first, else the teacher; truth: true scenes (tiny world)"),
     "backbone": ("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup", str, "the discriminator's ConvNeXt"),
     "cache": ((2, 9), commandline.blocks, "A-B: blocks, from 0, that only the first step runs (Fig. 12); slow, fast: "
               "the paper's for SD3-Medium, 1.75 and 1.67; or none"),
@@ -305,22 +305,21 @@ def check_stage2(args):
         raise UserError(f"Stage II starts from a Stage I student: none in {start}; run `python train.py --stage 1"
                         f"{steps}` (with the same --preset) first, or name one with --student")
     args.student = weights.find_model(args.student or start)
-    slower = [run_folder(args.preset, stage, 4) for stage in (2, 1)] if args.steps in (None, 2) else []
-    by_default = next(filter(is_finished, slower), args.model)
     if args.reference == TRUTH and not shapes.is_tiny_world(args.model):
         raise UserError(f"--reference {TRUTH} is for the tiny world, where the truth is known; name a model")
-    if args.reference != TRUTH:
-        args.reference = weights.find_model(args.reference or by_default)
-    shapes_of_model, _ = read_shapes(args.model)
-    for path in (args.student, args.reference):
-        if path != TRUTH and read_shapes(path)[0] != shapes_of_model:
-            raise UserError(f"{path}: of another architecture than {args.model}")
     nodes = read_shapes(args.student)[1].get("sigmas")
     if nodes is None:
         raise UserError(f"{args.student}: no student of Stage I, since it carries no noise levels of its own")
     args.steps = args.steps or len(weights.parse_json(nodes, f"{args.student}: its noise levels")) - 1
     if args.steps < 2:
         raise UserError("Stage II trains the steps after the first: it needs a student of at least 2 steps")
+    if args.reference != TRUTH:
+        slower = filter(is_finished, (run_folder(args.preset, stage, 2 * args.steps) for stage in (2, 1)))
+        args.reference = weights.find_model(args.reference or next(slower, args.model))
+    shapes_of_model, _ = read_shapes(args.model)
+    for path in (args.student, args.reference):
+        if path != TRUTH and read_shapes(path)[0] != shapes_of_model:
+            raise UserError(f"{path}: of another architecture than {args.model}")
     depth = len({name.split(".")[1] for name in shapes_of_model if name.startswith("joint_blocks.")})
     check_blocks(args.cache, depth, args.steps)
     if args.objective != "adv" and not args.cache:
@@ -336,9 +335,10 @@ def load_reference(args, student):
     reference = replace(student, mmdit=mmdit, cache=load_cache(args.reference, mmdit, args.device))
     steps = len(reference.sigmas()) - 1
     passes = steps * (2 if reference.guidance() > 1 else 1)
-    if passes > 8 and "adv" in args.objective:
-        parallel.say(f"reference: {args.reference}, {passes} network passes for each real image. A 4-step student "
-                     "needs 4; `python train.py --stage 1 --steps 4` makes one")
+    if passes > 8 and "adv" in args.objective and args.steps <= 4:
+        parallel.say(f"reference: {args.reference}, {passes} network passes for each real image. A student of "
+                     f"{2 * args.steps} steps needs {2 * args.steps}; `python train.py --stage 1 --steps "
+                     f"{2 * args.steps}` makes one")
     return reference
 
 

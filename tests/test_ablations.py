@@ -38,9 +38,9 @@ def test_the_p_of_a_claim_is_scipys_and_many_are_corrected_as_by_hand():
     assert ablations.holm([0.04, 0.01, 0.03, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])  # 3 · .03; and no less
 
 
-def test_stage_2s_real_images_are_those_of_our_student_of_4_steps_after_both_stages_and_its_are_the_teachers():
-    assert ablations.reference_of(ablations.STAGE2) == ablations.SFD4 and "--cache none" in ablations.SFD4.train
-    assert ablations.SFD4.start == ablations.OURS4.train and ablations.reference_of(ablations.SFD4) is None
+def test_stage_2s_real_images_are_those_of_our_student_of_twice_as_many_steps():
+    assert ablations.reference_of(ablations.STAGE2) == ablations.OURS4
+    assert ablations.SFD4.start == ablations.OURS4.train and "steps 8" in ablations.reference_of(ablations.SFD4).train
     assert ablations.reference_of(Arm("--stage 2 --reference truth")) is None
 
 
@@ -72,7 +72,7 @@ def out(tmp_path_factory):
         for owner, name, value in quick_train.BARE:
             patch.setattr(owner, name, value)
         patch.setattr(shapes, "THOROUGH", {"captions": 6, "samples": 2, "renders": 64, "draws": 2})
-        patch.setattr(ablations, "SFD4", Arm(f"--stage 2 {FEW} --cache none", start=f"--stage 1 {FEW} --steps 4"))
+        patch.setattr(ablations, "REFERENCES", {f"--stage 1 {FEW}": Arm(f"--stage 1 {FEW} --steps 4")})
         patch.setattr(ablations, "ABLATIONS", {"gate": Ablation("Small", ARMS, CLAIMS)})
         patch.setattr(sys, "argv", ["evaluate.py", "ablate", "--seeds", "1", "--dtype", "fp32", "--out", str(folder)])
         evaluate.main()
@@ -82,7 +82,6 @@ def out(tmp_path_factory):
 def test_each_arm_is_trained_from_the_runs_before_it_measured_and_reported(out):
     assert {folder.name for folder in (out / "runs").iterdir()} == {
         "stage-1-iterations-1-batch-2-seed0", "stage-1-iterations-1-batch-2-steps-4-seed0",
-        "stage-2-iterations-1-batch-2-cache-none-from-stage-1-iterations-1-batch-2-steps-4-seed0",
         "stage-2-iterations-1-batch-2-from-stage-1-iterations-1-batch-2-seed0"}
     measured = json.loads((out / "measured" / "stage-1-iterations-1-batch-2-seed0.json").read_text())
     report = (out / "ablate.md").read_text()
