@@ -93,9 +93,9 @@ def some(arms, names):
 ABLATIONS = {
     "gate": Ablation(
         "Guidance gate (Fig. 2, 8)",
-        {"gated above α = 0.8": OURS, "never gated": ALWAYS},
-        [Claim("the gate keeps diversity", "gated above α = 0.8", "never gated", COVERAGE),
-         Claim("the gate brings samples closer to the truth", "gated above α = 0.8", "never gated", DISTANCE, -1)],
+        {"gated above α = 0.9": OURS, "never gated": ALWAYS},
+        [Claim("the gate keeps diversity", "gated above α = 0.9", "never gated", COVERAGE),
+         Claim("the gate brings samples closer to the truth", "gated above α = 0.9", "never gated", DISTANCE, -1)],
         seeds=5),
     "sampling": Ablation(
         "Importance sampling of noise levels (Fig. 4)",
@@ -145,8 +145,8 @@ ABLATIONS = {
          Claim("and than adversarial with both", "adversarial", "adversarial + output + feature", FIDELITY, -1)]),
     "alpha": Ablation(
         "Where the gate lies (Fig. 9)",
-        {"α = 0.5": Arm("--stage 1 --alpha 0.5"), "α = 0.8": OURS,
-         "α = 0.9": Arm("--stage 1 --alpha 0.9"), "α = 1": ALWAYS},
+        {"α = 0.5": Arm("--stage 1 --alpha 0.5"), "α = 0.8": Arm("--stage 1 --alpha 0.8"),
+         "α = 0.9": OURS, "α = 1": ALWAYS},
         [Claim("a lower α is more diverse", "α = 0.5", "α = 1", COVERAGE),
          Claim("a higher α keeps closer to the prompt", "α = 1", "α = 0.5", ADHERENCE)],
         "α: guidance is on up to this noise level",

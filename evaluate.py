@@ -71,7 +71,7 @@ def main():
     two.add_argument("--preset", choices=costs.SIZES, help="random weights of an official size instead")
     two.add_argument("--depth", type=commandline.count, help="so many blocks of it, for a small machine")
     two.add_argument("--size", type=commandline.image_size, help="H or HxW in pixels (default: the model's own)")
-    two.add_argument("--batch", type=commandline.count, default=32, help="at which the throughput is measured")
+    two.add_argument("--batch", type=commandline.count, default=32, help="of the throughput (default: 32)")
 
     four = add_command(commands, reuse, "how much each block changes from the first step to the second (Fig. 5a)")
     four.add_argument("model", nargs="?", default=str(TINY), metavar="MODEL", help="a student (default: the tiny SD3)")
@@ -81,8 +81,8 @@ def main():
 
     five = add_command(commands, score, "how far teacher and fake score are from the true one, level by level")
     five.add_argument("model", metavar="RUN", help="a run of Stage I in the tiny world; it keeps its fake score")
-    five.add_argument("--captions", type=commandline.count, default=16, help="to take the mean over")
-    five.add_argument("--pool", type=commandline.count, default=4096, help="scenes that make a caption's truth")
+    five.add_argument("--captions", type=commandline.count, default=16, help="to take the mean over (default: 16)")
+    five.add_argument("--pool", type=commandline.count, default=4096, help="scenes behind each (default: 4096)")
 
     three = add_command(commands, ablate, "re-run the paper's ablations in the tiny world")
     three.add_argument("--only", action="append", choices=ablations.ABLATIONS, help="may be given several times")
@@ -101,10 +101,11 @@ def main():
 def add_command(commands, run, summary):
     name = run.__name__
     parser = commands.add_parser(name, help=summary, description=summary)
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; default: as in "
-                        + ("train.py" if name == "ablate" else "sample.py"))
-    parser.add_argument("--out", type=commandline.output(), help=f"a folder; default: runs/{name}")
+    group = parser.add_argument_group("the run")
+    group.add_argument("--device", help="default: cuda if there is one, else cpu")
+    group.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; default: as in "
+                       + ("train.py" if name == "ablate" else "sample.py"))
+    group.add_argument("--out", type=commandline.output(), help=f"a folder; default: runs/{name}")
     parser.set_defaults(run=run)
     return parser
 

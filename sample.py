@@ -21,22 +21,24 @@ from prompts import read_prompts
 
 def main():
     parser = CommandLine(description="Sample images from an SD3 model or a distilled student.")
-    add = parser.add_argument
+    add = parser.add_argument_group("what to draw").add_argument
     add("--model", default=str(TINY), help="file, folder or Hugging Face id (default: the tiny SD3); behind it "
         "@shift=2,cache=4-7: another shift of the noise levels; blocks 4 to 7, from 0, run in the first step only")
     add("--prompt", type=commandline.utf8, action="append", default=[], help="may be given several times")
-    add("--prompts", help="a file of prompts: .txt, .json, .jsonl, .csv or .tsv")
-    add("--negative", type=commandline.utf8, default="", help="the prompt that guidance moves away from")
-    add("--steps", type=commandline.count, help="default: the model's own, 28 for a teacher")
+    add("--prompts", metavar="FILE", help="prompts: .txt, .json, .jsonl, .csv or .tsv")
+    add("--negative", type=commandline.utf8, default="", metavar="TEXT", help="what guidance moves away from")
+    add("--count", type=commandline.count, default=1, help="images of each prompt (default: 1)")
+    add("--seed", type=commandline.seed, default=0, help="of a prompt's first image; the next count up (default: 0)")
+    add = parser.add_argument_group("how").add_argument
+    add("--steps", type=commandline.count, help="n; default: the model's own, 28 for a teacher")
     add("--guidance", type=commandline.number(0), help="w; default: the model's own, 7 for a teacher")
     add("--size", type=commandline.image_size, help="H or HxW in pixels (default: the model's own)")
-    add("--seed", type=commandline.seed, default=0, help="of each prompt's first image; the next ones count up")
-    add("--count", type=commandline.count, default=1, help="images per prompt")
     add("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
     add("--device", help="default: cuda if there is one, else cpu")
+    add = parser.add_argument_group("what to write").add_argument
     add("--out", type=commandline.output(".png"), default="samples", help="FILE.png, or a folder (default: samples)")
     add("--explain", action="store_true", help="one picture that explains the sample of one prompt and seed")
-    add("--teacher", default=str(TINY), help="of --explain (default: the tiny SD3)")
+    add("--teacher", default=str(TINY), metavar="MODEL", help="of --explain (default: the tiny SD3)")
     add("--export", type=commandline.output(".safetensors"), metavar="PATH", help="draw nothing, but write the model: "
         "to FILE.safetensors in Stability's single-file layout (for ComfyUI), or to a folder in diffusers'")
     args = parser.parse_args()

@@ -48,7 +48,7 @@ rank = number(0, kind=int)
 BOTH = {
     "model": (None, str, "the teacher: file, folder or Hugging Face id"),
     "prompts": (None, str, "a file of prompts (default: captions of the tiny world, drawn on the fly)"),
-    "steps": (2, [1, 2, 4, 8], "n, of the student; Stage II: as many as the student has"),
+    "steps": (2, [1, 2, 4, 8], "n, of the student"),
     "student_clip": (2.0, None, "largest norm of the gradient"),
     "weight_decay": (1e-4, None, "of AdamW"),
     "at_once": (1, rank, "samples that a device works on at once, the rest of the batch is accumulated; 0: all"),
@@ -63,7 +63,7 @@ STAGE1 = {
     "fake_lr": (4e-5, positive, "learning rate of F"),
     "betas": ((0.0, 0.999), None, "of AdamW"),
     "fake_clip": (1.0, None, "largest norm of F's gradient"),
-    "guidance": (7.0, number(0), "w of Eq. (4), of the teacher"),
+    "guidance": (7.0, number(0), "w of Eq. (4), the teacher's"),
     "alpha": (0.96, number(0), "α of Eq. (4): guidance is on up to this noise level; 1: always"),
     "density": ("c", list(dmd.DENSITIES), "how the student's noise levels are drawn (Fig. 10)"),
     "windows": ("step", ["step", "whole"], "levels that a step is compared at: its own window (TDM), or all (DMD)"),
@@ -98,7 +98,7 @@ STAGES = {0: {}, 1: STAGE1, 2: STAGE2}
 FASTER = {"at_once": 0, "recompute": False}  # where memory is no matter
 PRESETS = {  # what differs from these defaults; the number of cached blocks is the paper's, where they lie is ours
     "tiny": {"model": str(TINY),
-             1: {**FASTER, "iterations": 200, "batch": 32, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.80},
+             1: {**FASTER, "iterations": 200, "batch": 32, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.90},
              2: {**FASTER, "iterations": 700, "student_lr": 8e-5, "compensator_lr": 1e-3, "discriminator_lr": 2e-3,
                  "output_weight": 16.0, "feature_weight": 0.1, "cache": (1, 4), "lora": 0, "alone": 200, "warmup": 10,
                  "decay": True, "backbone": str(TINY)}},
@@ -107,6 +107,11 @@ PRESETS = {  # what differs from these defaults; the number of cached blocks is 
     "sd3.5-large": {"model": "stabilityai/stable-diffusion-3.5-large", 2: {"cache": (3, 12)}},
 }
 TRUTH = "truth"             # the --reference that draws true scenes
+GROUPS = {  # of the flags, in --help
+    "networks and prompts": "model prompts student reference backbone",
+    "the method": "steps guidance alpha density windows cache objective",
+    "optimisation": "iterations batch student_lr fake_lr compensator_lr discriminator_lr lora",
+    "memory": "at_once offload"}
 SAVES_MEMORY = ("at_once", "recompute", "offload")  # and changes nothing
 LORA_RATE = 3               # Stage I: how much faster adapters learn than all weights do, unless rates are given
 LOG_EVERY, SHEET_EVERY, SAVE_SECONDS = 10, 100, 60
@@ -116,31 +121,37 @@ PATIENCE = 5                # iterations in a row that are not finite and are le
 def parse_arguments(words=None):
     """The settings of a run: those of its preset, but for what the command line (or a list of words) says."""
     first = CommandLine(add_help=False)
-    first.add_argument("--stage", type=int, choices=STAGES)
-    first.add_argument("--preset", choices=PRESETS, default="tiny", help="sets the defaults of the rest")
+    first.add_argument("--stage", type=int, choices=STAGES, help="1, 2: to distil; 0: to make the tiny SD3")
+    first.add_argument("--preset", choices=PRESETS, default="tiny", help="sets the other defaults (default: tiny)")
     stage, preset = vars(first.parse_known_args(words)[0]).values()
     defaults = {**{name: default for name, (default, *_) in STAGES.get(stage, {}).items()},
                 **PRESETS[preset].get(stage, {}), **({"model": PRESETS[preset]["model"]} if stage else {})}
 
-    parser = CommandLine(parents=[first], description="Distil an SD3 model into a few-step student. Each stage has "
-                         "flags of its own: --stage 1 --help")
+    parser = CommandLine(parents=[first], usage="train.py --stage {0,1,2} [--preset NAME] [--resume] [FLAG X ...]",
+                         description="Distil an SD3 model into a few-step student. Each stage has flags of its own: "
+                         "--stage 1 --help")
+    titled = {title: parser.add_argument_group(title) for title in GROUPS}
+    groups = {name: titled[title] for title, names in GROUPS.items() for name in names.split()}
     for name, (_, kind, meaning) in STAGES.get(stage, {}).items():
         if kind is not None:
             default = defaults[name]
-            shown = "-".join(map(str, default)) if isinstance(default, tuple) else default
+            shown = "-".join(map(str, default)) if isinstance(default, tuple) else \
+                str(default).removeprefix(f"{TINY.parent}/")
             parsed = {"action": "store_true"} if kind is bool else {"choices": kind, "type": type(kind[0])} \
                 if isinstance(kind, list) else {"type": kind, "metavar": "X"}
-            parser.add_argument(f"--{name.replace('_', '-')}", **parsed, default=argparse.SUPPRESS,
-                                help=meaning + (f" (default: {shown})" if default else ""))
+            groups[name].add_argument(
+                f"--{name.replace('_', '-')}", **parsed, default=argparse.SUPPRESS,
+                help=meaning + ("" if default in (None, False) else f" (default: {shown})"))
+    run = parser.add_argument_group("the run")
     if stage:
-        parser.add_argument("--text-cache", default="runs/text", metavar="DIR",
-                            help="where the encoded prompts of official models go (default: runs/text)")
-    parser.add_argument("--seed", type=commandline.seed, default=0)
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; default: bf16 where it is faster")
-    parser.add_argument("--out", type=commandline.output(), help="a folder; default: runs/stage0, runs/stage1, "
-                        "runs/stage1-4steps (for --steps 4), runs/stage2, …; of official models below runs/PRESET")
-    parser.add_argument("--resume", action="store_true", help="go on from where the run in --out stopped")
+        run.add_argument("--text-cache", default="runs/text", metavar="DIR",
+                         help="where the encoded prompts of official models go (default: runs/text)")
+    run.add_argument("--seed", type=commandline.seed, default=0, help="of all that is random (default: 0)")
+    run.add_argument("--device", help="default: cuda if there is one, else cpu")
+    run.add_argument("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; default: bf16 where it is faster")
+    run.add_argument("--out", type=commandline.output(), help="a folder; default: runs/stage0, runs/stage1, "
+                     "runs/stage1-4steps (for --steps 4), runs/stage2, …; of official models below runs/PRESET")
+    run.add_argument("--resume", action="store_true", help="go on from where the run in --out stopped")
     args = parser.parse_args(words)
     if stage is None:
         raise UserError("--stage is missing: 1 or 2 to distil, 0 to make the tiny SD3")
