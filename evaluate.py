@@ -4,6 +4,7 @@
     python evaluate.py speed
     python evaluate.py reuse runs/stage1
     python evaluate.py score runs/stage1
+    python evaluate.py swap runs/stage1
     python evaluate.py ablate
 
 A model is a file, a folder or a Hugging Face id; PATH@steps=4,guidance=2,shift=3,cache=1-4 says how it is sampled.
@@ -44,6 +45,7 @@ PICKSCORE, PICKSCORE_PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LEAST = 5  # images, of which each has three neighbours
+OTHER_SEEDS = 10**6  # than those of the models that are measured
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -61,8 +63,8 @@ def main():
     judges = one.add_argument_group("with --prompts")
     judges.add_argument("--clip", metavar="NAME", help=f"of the CLIP score and the CLIP distance (default: {CLIP})")
     judges.add_argument("--pickscore", nargs="?", const=PICKSCORE, metavar="NAME", help=f"default: {PICKSCORE}")
-    judges.add_argument("--reference-images", metavar="DIR",
-                        help="photographs: adds Fréchet distance, precision and recall")
+    judges.add_argument("--reference", metavar="DIR|MODEL", help="photographs, or a model whose samples for the same "
+                        "prompts serve, as the paper has it: adds Fréchet distance, precision and recall")
     judges.add_argument("--vision-model", metavar="NAME", help=f"whose features they are in (default: {VISION_MODEL}),")
     judges.add_argument("--inception", metavar="FILE", help="and a TorchScript Inception, for FID")
 
@@ -83,6 +85,9 @@ def main():
     five.add_argument("model", metavar="RUN", help="a run of Stage I in the tiny world; it keeps its fake score")
     five.add_argument("--captions", type=commandline.count, default=16, help="to take the mean over (default: 16)")
     five.add_argument("--pool", type=commandline.count, default=4096, help="scenes behind each (default: 4096)")
+
+    six = add_command(commands, swap, "which step decides what: states change hands between the steps")
+    six.add_argument("model", metavar="MODEL", help="a student of the tiny world, of at least 2 steps")
 
     three = add_command(commands, ablate, "re-run the paper's ablations in the tiny world")
     three.add_argument("--only", action="append", choices=ablations.ABLATIONS, help="may be given several times")
@@ -136,12 +141,12 @@ def quality(args):
 
 def check_quality(args):
     """Raise UserError for flags that would do nothing, or cannot do what they ask."""
-    flags = ("clip", "pickscore", "reference_images", "vision_model", "inception")
+    flags = ("clip", "pickscore", "reference", "vision_model", "inception")
     given = [name for name in flags if getattr(args, name)]
     if given and not args.prompts:
         raise UserError(f"--{given[0].replace('_', '-')} needs --prompts; without it, the tiny world's measures serve")
-    if (args.inception or args.vision_model) and not args.reference_images:
-        raise UserError("--inception and --vision-model need --reference-images DIR, the images to compare with")
+    if (args.inception or args.vision_model) and not args.reference:
+        raise UserError("--inception and --vision-model need --reference, the images to compare with")
     if not args.prompts and args.samples == 1:
         raise UserError("the tiny world's measures need --samples of at least 2")
 
@@ -169,16 +174,20 @@ def draw_files(sampler, folder, prompts, seeds):
 
 
 def judge_scenes(args, recogniser, model, sampler, folder):
-    """shapes.measure of a model that draws scenes of the tiny world. Raises UserError for another."""
-    sides = {side * sampler.pipeline.vae.factor for side in sampler.pipeline.latent_shape()[1:]}
-    if sides != {shapes.SIZE}:
-        raise UserError(f"{model}: draws no scenes of the tiny world; give --prompts FILE")
+    """shapes.measure of a model that draws scenes of the tiny world."""
+    check_scenes(model, sampler.pipeline, "; give --prompts FILE")
 
     def draw(prompts, seeds):
         files = draw_files(sampler, folder, prompts, seeds)
         return torch.stack([picture_bytes(open_picture(file)) for file in files]) / 127.5 - 1     # (N, 3, 64, 64)
 
     return shapes.measure(draw, recogniser, **sizes(args), teacher=report.known_teacher(TINY))
+
+
+def check_scenes(model, pipeline, advice=""):
+    """Raise UserError for a model that draws no scenes of the tiny world."""
+    if {side * pipeline.vae.factor for side in pipeline.latent_shape()[1:]} != {shapes.SIZE}:
+        raise UserError(f"{model}: draws no scenes of the tiny world{advice}")
 
 
 def sizes(args):
@@ -197,7 +206,7 @@ class Judges(NamedTuple):
 
 def open_judges(args):
     prompts, samples = read_prompts(args.prompts), args.samples or 4
-    if args.reference_images and len(prompts) * samples < LEAST:
+    if args.reference and len(prompts) * samples < LEAST:
         raise UserError(f"{len(prompts) * samples} images are too few to compare with others; {LEAST} are needed")
     clip = scores.load_clip(args.clip or CLIP, args.device)
     pickscore = None
@@ -205,14 +214,25 @@ def open_judges(args):
         own = any((Path(args.pickscore) / name).exists() for name in PROCESSOR_FILES)
         pickscore = scores.load_clip(args.pickscore, args.device, None if own else PICKSCORE_PROCESSOR)
     features = {}
-    if args.reference_images:
-        files = find_pictures(args.reference_images)
+    if args.reference:
+        files, crop = reference_files(args, prompts, samples)
         vision_model = args.vision_model or VISION_MODEL
         networks = {Path(vision_model).name: scores.load_vision_model(vision_model, args.device)}
         if args.inception:
             networks["Inception"] = scores.load_inception(args.inception, args.device)
-        features = {name: (network, per_picture(network, files, crop=True)) for name, network in networks.items()}
+        features = {name: (network, per_picture(network, files, crop)) for name, network in networks.items()}
     return Judges(prompts, clip, pickscore, features, scores.load_lpips(args.device))
+
+
+def reference_files(args, prompts, samples):
+    """The pictures of --reference, and whether they are to be cropped to squares: photographs in a folder, or a model's
+    samples for the same prompts, of other seeds (Table 1, where it is the teacher)."""
+    folder = Path(args.reference)
+    if folder.is_dir() and not (folder / "model_index.json").exists():
+        return find_pictures(folder), True
+    sampler = open_sampler(args.reference, args.device, DTYPES[args.dtype])
+    jobs = [(prompt, OTHER_SEEDS + i) for prompt in prompts for i in range(samples)]
+    return draw_files(sampler, args.out / "images" / folder_name(args.reference, args.dtype), *zip(*jobs)), False
 
 
 def find_pictures(folder):
@@ -281,7 +301,7 @@ def agreement(clip, prompts, pictures, batch=16):
 
 
 def compare(fake, real, distance):
-    """Fréchet distance (named `distance`), precision and recall of features (P, S, D) against photographs' (M, D)."""
+    """Fréchet distance (called `distance`), precision and recall of features (P, S, D) against others' (M, D)."""
     inside, covered = metrics.precision_recall(fake.flatten(0, 1), real)                    # (P · S,), (M,)
 
     of_real = metrics.gaussian(real)
@@ -302,7 +322,8 @@ NOTES = {  # by the name of a row
     "Fréchet distance": "Fréchet distance, precision, recall: compare at the same number of images, in the same "
                         "features.",
     "FID": "FID: falls as images are added, and depends on how photographs are resized (here to centre squares of 512 "
-           "pixels); near the paper's only with one image (--samples 1) for each of its COCO prompts.",
+           "pixels). Near the paper's only with the teacher as --reference and one image (--samples 1) for each of its "
+           "COCO prompts.",
     "LPIPS": "LPIPS: AlexNet, mean over pairs of one prompt, at the images' own size; the paper's network is unknown.",
     "CLIP distance": "CLIP distance: 1 - cos, mean over pairs of one prompt; not in the paper.",
     "GFLOP an image": "Cost: counted, of the transformer. `python evaluate.py speed` takes the time.",
@@ -350,6 +371,7 @@ def reuse(args, n=64):
     weights.write_text(args.out / "reuse.md", f"{args.model}, {levels}, {len(prompts)} prompts\n\n{table}\n")
     print(f"{table}\n\n{levels}; the last block leaves the text as it is")
     if args.ranges:
+        check_scenes(args.model, pipeline)
         every_range(args, pipeline, nodes, errors)
     with figure_for(args.out / "reuse.png", size=(6, 3)) as figure:
         if figure:
@@ -391,6 +413,7 @@ def every_range(args, pipeline, nodes, errors, samples=32):
 def score(args):
     """Teacher, guided teacher and fake score beside the truth (truth.py), as a table and a plot."""
     teacher, (student, _) = load_pipeline(TINY, args.device), open_sampler(args.model, args.device)
+    check_scenes(args.model, student)
     fake, recipe = load_mmdit(fake_folder(args.model), args.device), student.carried("training")
     found = truth.compare(teacher, student, fake, args.captions, args.pool, 16, recipe["guidance"],
                           torch.Generator().manual_seed(0))
@@ -411,6 +434,26 @@ def score(args):
                 axes.axvline(recipe["alpha"], color="gray", linestyle=":", label="α of the run")
                 axes.set(xlabel="σ", title=title)
                 axes.legend(fontsize=7)
+
+
+# ------------------------------------------------------------------------------------------- which step decides what
+
+def swap(args):
+    """Which attributes follow the steps up to the k-th, which those after it, for each k, as a table."""
+    pipeline, options = open_sampler(args.model, args.device, DTYPES[args.dtype])
+    nodes = pipeline.sigmas(options.get("steps"), options.get("shift"))
+    check_scenes(args.model, pipeline)
+    if len(nodes) < 3:
+        raise UserError(f"{args.model}: makes one step; between two of them states can change hands")
+    recogniser, names = shapes.load_recogniser(TINY), (*shapes.NAMES, "mean")
+    lines = [f"| steps | as | {' | '.join(names)} |", "|" + "---|" * (2 + len(names))]
+    for k in range(1, len(nodes) - 1):
+        for label, shares in truth.swapped(pipeline, recogniser, nodes, k).items():
+            cells = " | ".join(f"{share:.2f}" for share in (*shares, shares.mean()))
+            lines.append(f"| {k} + {len(nodes) - 1 - k} | {label} | {cells} |")
+    text = "\n".join(lines)
+    weights.write_text(args.out / "swap.md", f"{args.model}, all blocks run in every step\n\n{text}\n")
+    print(text)
 
 
 # --------------------------------------------------------------------------------------------------------- ablations

@@ -1,4 +1,4 @@
-"""The true score of the tiny world: what a perfect network would answer, computed, not trained.
+"""What only the tiny world can tell: the true score, which a perfect network would answer; and which step decides what.
 
 Not part of the paper. Scenes can be drawn and encoded at will, so the mean of all clean latents that may lie behind a
 noisy one is a weighted mean over a pool of them. Beside it, teacher, guided teacher and fake score are measured, level
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import dmd
 import flow
 import shapes
+from pipeline import decode
 
 ERRORS = ("teacher", "guided", "guessed", "teacher there", "guided there", "fake score")
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -83,3 +84,41 @@ def of_level(sigma, x0, noise, states, pool, windows, teacher, fake, cond, uncon
     return {**row, "teacher there": error(plain, true), "guided there": error(guided, true),
             "fake score": error(of_fake, true), "cosine": cosine(of_fake - plain, of_fake - true),
             "cosine guided": cosine(of_fake - guided, of_fake - true)}
+
+
+# ------------------------------------------------------------------------------------------- which step decides what
+
+@torch.no_grad()
+def swapped(pipeline, recogniser, nodes, k, n=512, seed=0):
+    """Let the steps after the k-th go on from a state that is not theirs, and read who decides on each attribute.
+
+    *Noise*: the clean estimate x̂0 of the first k steps is noised again, with the noise of another sample. Where the
+    prompt leaves an attribute open and the two samples differ in it, is it as the estimate's sample or as the noise's?
+    *Prompt*: the first k steps hear one prompt, those after them another. Where the two name different values, whose
+    is it?
+
+    nodes (steps + 1,) -> {of whom: shares (6,)}
+    """
+    generator = torch.Generator().manual_seed(seed)
+    (one, labels, named), (two, other_labels, other_named) = (shapes.draw_captions(n, generator) for _ in range(2))
+    noise, other_noise = torch.randn(2, n, *pipeline.latent_shape(), generator=generator).to(pipeline.device)
+    cond, other_cond = pipeline.text(one), pipeline.text(two)
+
+    def look(x, cond):
+        return shapes.recognise(recogniser, decode(pipeline, flow.sample(pipeline.mmdit, x, nodes[k:], cond)))
+
+    x, other_x = (flow.sample(pipeline.mmdit, start, nodes[:k + 1], cond) for start in (noise, other_noise))
+    before = flow.sample(pipeline.mmdit, noise, nodes[:k], cond)
+    estimate = flow.velocity_to_x0(before, (x - before) / (nodes[k] - nodes[k - 1]), nodes[k - 1])
+    seen, other_seen, mixed = look(x, cond), look(other_x, cond), look(flow.add_noise(estimate, other_noise, nodes[k]),
+                                                                     cond)
+    heard = look(x, other_cond)
+    open_ = ~named & (seen != other_seen)
+    told = named & other_named & (labels != other_labels)
+
+    def share(hits, among):
+        return (hits & among).sum(0) / among.sum(0)
+
+    return {"the clean estimate's sample": share(mixed == seen, open_),
+            "the noise's sample": share(mixed == other_seen, open_),
+            "the first prompt": share(heard == labels, told), "the second prompt": share(heard == other_labels, told)}

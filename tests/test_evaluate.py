@@ -177,14 +177,23 @@ def test_pictures_are_judged_through_networks_from_files(run, judges, monkeypatc
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=lambda **settings: Distance()))
     files = run("quality", f"{TINY}@steps=1,guidance=1", "--prompts", judges / "prompts.txt", "--samples", 2,
                 "--clip", judges / "clip", "--pickscore", judges / "clip", "--vision-model", judges / "dino",
-                "--inception", judges / "inception.pt", "--reference-images", judges / "photographs")
+                "--inception", judges / "inception.pt", "--reference", judges / "photographs")
     found, = json.loads(files["quality.json"])["models"].values()
     assert {group: list(values) for group, values in found.items()} == {
         "cost": ["steps", "effective evaluations", "GFLOP an image"],
         "text": ["CLIP score", "PickScore"], "diversity": ["CLIP distance", "LPIPS"],
         "in features of dino": ["Fréchet distance", "precision", "recall"],
         "in features of Inception": ["FID", "precision", "recall"]}
-    assert found["diversity"]["LPIPS"][0] > 0 and "only with one image" in files["quality.md"]
+    assert found["diversity"]["LPIPS"][0] > 0 and "as --reference and one image" in files["quality.md"]
+
+
+def test_a_models_samples_serve_as_reference_and_a_model_is_nearer_itself_than_another(run, judges):
+    one, other = f"{TINY}@steps=2,guidance=2", f"{TINY}@steps=1,guidance=1"
+    files = run("quality", one, other, "--prompts", judges / "prompts.txt", "--samples", 4, "--clip", judges / "clip",
+                "--vision-model", judges / "dino", "--reference", one)
+    itself, another = (found["in features of dino"]["Fréchet distance"][0]
+                       for found in json.loads(files["quality.json"])["models"].values())
+    assert 0 < itself < another  # other seeds, so not the same images
 
 
 class Distance(nn.Module):
@@ -322,18 +331,19 @@ def test_the_cached_blocks_are_the_presets_where_one_is_as_deep_and_lie_inside_a
     ("quality {tiny}@stepps=2", "after the @ comes"),
     ("quality --pickscore", "needs --prompts"),
     ("quality --samples 1", "at least 2"),
-    ("quality --prompts {judges}/prompts.txt --vision-model {judges}/dino", "--reference-images"),
-    ("quality --prompts {judges}/prompts.txt --samples 1 --reference-images {judges}/photographs", "too few"),
+    ("quality --prompts {judges}/prompts.txt --vision-model {judges}/dino", "--reference"),
+    ("quality --prompts {judges}/prompts.txt --samples 1 --reference {judges}/photographs", "too few"),
     ("quality --prompts nowhere.txt", "cannot be read"),
     ("quality --prompts {judges}/prompts.txt --clip nowhere", "nowhere"),
     ("quality --prompts {judges}/prompts.txt --clip {judges}/dino", "dino"),
-    ("quality --prompts {judges}/prompts.txt --clip {judges}/clip --reference-images {judges}/clip", "0 images"),
-    ("quality --prompts {judges}/prompts.txt --clip {judges}/clip --vision-model {judges}/dino --reference-images "
+    ("quality --prompts {judges}/prompts.txt --clip {judges}/clip --reference {judges}/clip", "0 images"),
+    ("quality --prompts {judges}/prompts.txt --clip {judges}/clip --vision-model {judges}/dino --reference "
      "{judges}/photographs --inception {judges}/prompts.txt", "TorchScript"),
     ("speed --depth 2", "--preset"),
     ("speed --preset sd3-medium --depth 25", "has 24 blocks"),
     ("speed nowhere", "nowhere"),
     ("reuse nowhere", "nowhere"),
+    ("swap {tiny}@steps=1", "makes one step"),
     ("reuse --out table.md", "table.md is the name of another file"),
     ("ablate --only everything", "invalid choice"),
 ])

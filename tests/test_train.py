@@ -63,7 +63,7 @@ def test_training_moves_student_and_fake_but_not_the_teacher(two_steps):
 def test_a_student_says_what_it_was_made_of_and_not_where(two_steps):
     header = pipeline.load_pipeline(two_steps).mmdit.metadata
     recipe = json.loads(header["training"])
-    assert recipe["alpha"] == 0.8 and recipe["betas"] == [0.0, 0.999] and recipe["weight_decay"] == 1e-4
+    assert recipe["alpha"] == 0.9 and recipe["betas"] == [0.0, 0.999] and recipe["weight_decay"] == 1e-4
     assert "/" not in header["training"]
 
 

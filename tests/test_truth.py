@@ -1,6 +1,7 @@
 """The true score: against a closed form, and what the command makes of it."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch
 import commandline
 import evaluate
 import flow
+import shapes
 import truth
+from pipeline import TINY, load_pipeline
 
 
 def test_the_optimal_velocity_is_that_of_a_gaussian_where_the_pool_is_one():
@@ -36,6 +39,23 @@ def test_the_command_writes_table_and_figure_of_a_stage_1_run(two_steps, tmp_pat
     evaluate.main()
     lines = (tmp_path / "score.md").read_text().splitlines()
     assert "w = 7" in lines[0] and len(lines) == 4 + len(truth.LEVELS) and lines[2] in capsys.readouterr().out
+
+
+def test_the_steps_decide_that_make_the_most_of_the_way(tmp_path, monkeypatch):
+    """Of eight steps of the teacher the last changes next to nothing, and the first alone leaves all open."""
+    pipeline, recogniser = load_pipeline(TINY), shapes.load_recogniser(TINY)
+    early, late = (truth.swapped(pipeline, recogniser, flow.student_sigmas(8, 3.0), k, n=64) for k in (1, 7))
+    assert late["the first prompt"].mean() > 0.9 > 0.1 > late["the second prompt"].mean()
+    assert late["the clean estimate's sample"].mean() > 0.9
+    assert early["the second prompt"].mean() > 0.7 > 0.3 > early["the first prompt"].mean()
+
+
+def test_which_step_decides_is_written_as_a_table(two_steps, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(truth, "swapped", partial(truth.swapped, n=16))
+    monkeypatch.setattr(sys, "argv", f"evaluate.py swap {two_steps} --out {tmp_path}".split())
+    evaluate.main()
+    table = (tmp_path / "swap.md").read_text()
+    assert table.count("| 1 + 1 |") == 4 and capsys.readouterr().out in table
 
 
 def test_a_run_without_its_fake_score_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
