@@ -1,6 +1,7 @@
 """The prompts of a run: read from a file or drawn from the tiny world; encoded beforehand where that takes long."""
 
 import codecs
+import contextlib
 import csv
 import hashlib
 import io
@@ -162,37 +163,47 @@ class CachedText:
         """The encoders as they are stored, on the CPU."""
         return load_text_encoders(self.model, "cpu", None)
 
-    def encode_all(self, prompts):
-        """Encode those of the prompts that are not there yet, each process its share."""
-        missing = [prompt for prompt in sorted(prompts) if not self.file(prompt).exists()]
-        parallel.wait()  # until all processes have seen the same ones missing
-        if missing:
-            self.encode(parallel.share(missing), in_all=len(missing))
-        parallel.wait()
+    def encode_all(self, prompts, batch=16):
+        """Encode those of the prompts that are not there yet, each process its share.
+
+        A batch of which some are missing is encoded whole: a prompt's last bits depend on those beside it, and a run
+        that was stopped is to find what it would have found.
+        """
+        prompts = sorted(prompts)
+        batches = [prompts[i:i + batch] for i in range(0, len(prompts), batch)]
+        weights.check_writable(self.folder / "x")
+        with weights.alone_in(self.folder, wait=True) if parallel.is_first() else contextlib.nullcontext():
+            parallel.wait()  # until the folder is held against other runs
+            missing = {prompt for prompt in prompts if not self.file(prompt).exists()}
+            parallel.wait()  # until all processes have seen the same ones missing
+            if missing:
+                self.encode(parallel.share([some for some in batches if missing.intersection(some)]), missing)
+            parallel.wait()
 
     @torch.no_grad()
-    def encode(self, prompts, in_all, batch=16):
-        """Encode prompts, of so many `in_all` processes. What is done stays done if it is stopped.
+    def encode(self, batches, missing):
+        """Encode batches of prompts, this process's share, and write the `missing` ones, which are those of all.
 
-        Says how much there is to do before it starts; raises UserError where the disk is too small for it.
+        What is done stays done if it is stopped. Says how much there is to do before it starts; raises UserError where
+        the disk is too small for it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         encoders = load_text_encoders(self.model, self.device, self.dtype)
         check_widths(encoders, empty_mmdit(weights.NetworkFiles(self.model, "transformer")), self.model)
 
         def encoded(prompts):
             return [part.to("cpu", self.dtype).contiguous() for part in encoders(prompts)]
 
-        needed = in_all * sum(part.nbytes for part in encoded([""])) / 1e9
+        needed = len(missing) * sum(part.nbytes for part in encoded([""])) / 1e9
         free = shutil.disk_usage(self.folder).free / 1e9
-        parallel.say(f"text: {in_all} prompts to encode, {needed:.3g} GB in {self.folder}")
+        parallel.say(f"text: {len(missing)} prompts to encode, {needed:.3g} GB in {self.folder}")
         if needed > free:
             raise UserError(f"{self.folder}: {needed:.3g} GB of encoded prompts do not fit, {free:.3g} GB are free; "
                             "name another disk with --text-cache, or take fewer prompts or --iterations")
-        for start in tqdm(range(0, len(prompts), batch), desc="encoding text", disable=not parallel.is_first()):
-            part = prompts[start:start + batch]
-            for prompt, context, pooled in zip(part, *encoded(part), strict=True):
-                weights.write_safetensors(self.file(prompt), {"context": context, "pooled": pooled}, {"prompt": prompt})
+        for some in tqdm(batches, desc="encoding text", disable=not parallel.is_first()):
+            for prompt, context, pooled in zip(some, *encoded(some), strict=True):
+                if prompt in missing:
+                    weights.write_safetensors(self.file(prompt), {"context": context, "pooled": pooled},
+                                              {"prompt": prompt})
         for reader, cut in encoders.cut.items():
             if cut:
                 parallel.say(f"text: {len(cut)} of these prompts are too long for {reader}: it reads the beginning")

@@ -507,16 +507,16 @@ class Busy(UserError):
 
 
 @contextmanager
-def alone_in(folder):
+def alone_in(folder, wait=False):
     """Hold a folder against other runs, by a lock of the system's that ends with the process, however it ends."""
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(blocking=wait)
     except Timeout as error:
         raise Busy(f"{folder}: another run is writing there; wait for its end, or choose another --out") from error
     try:
-        for part in folder.rglob("*.part"):  # of a run that was killed while it wrote
-            part.unlink()
+        for part in (*folder.rglob("*.part"), *folder.rglob(".tmp*")):  # of a run that was killed while it, or
+            part.unlink()                                               # safetensors, wrote
         yield
     finally:
         lock.release()

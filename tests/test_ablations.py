@@ -127,10 +127,11 @@ def test_differences_are_reported_in_the_units_of_the_measure(tmp_path):
             found = {}
             for group, name in ablations.COLUMNS.values():
                 found.setdefault(group, {})[name] = (0.5, 0.1)
+            found["took"] = {"minutes": (30, 0)}
             found["distribution"]["Fréchet distance"] = found["distribution"]["to the teacher"] = (distance, 1.0)
             weights.write_json(ablations.measured_file(tmp_path, arm, seed), found)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablations, "ABLATIONS", {"t": ablation})
         report = ablations.report(["t"], 3, tmp_path)
     assert "| closer | Fréchet distance | -21.000 ± 2.484 | 0.001 | reproduced | -21.000 ± 2.484, agrees |" in report
-    assert "| a | 3 |" in report and "| 11.0 ± 1.0 |" in report
+    assert "took 3.0 hours" in report and "| a | 3 |" in report and "| 11.0 ± 1.0 |" in report

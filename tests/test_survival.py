@@ -12,16 +12,23 @@ import time
 import pytest
 import torch
 
+import ablations
 import adversarial
 import commandline
 import dmd
+import evaluate
 import quick_train
 import report
+import shapes
 import tiny
 import train
 import weights
+from ablations import Ablation, Arm
 from commandline import UserError
 from conftest import read_state
+from networks import Arithmetic
+from pipeline import TINY
+from prompts import CachedText
 
 STAGE1 = ("--stage", 1, "--iterations", 12, "--resume")
 STAGE2 = ("--stage", 2, "--iterations", 12, "alone=1", "warmup=1", "--resume")
@@ -34,16 +41,16 @@ def busy(*words):
     commandline.run_script(lambda: quick_train.run("--batch", 2, *words))
 
 
-def killed_at_random(out, words, kills, seed=0):
-    """Start a run as often as it takes: it is killed after a random time, so many times, and then left to its end.
+def killed_at_random(work, *words, kills, within=(0.5, 2), seed=0):
+    """Call work(*words) again and again: it is killed after a random time, so many times, and then left to its end.
 
     Each is a fork of this process, which has all libraries loaded. Returns how many of them were killed at work.
     """
     moments, fork, killed = random.Random(seed), multiprocessing.get_context("fork"), 0
     for life in range(kills + 1):
-        process = fork.Process(target=busy, args=(*words, "--out", out))
+        process = fork.Process(target=work, args=words)
         process.start()
-        process.join(moments.uniform(0.5, 2) if life < kills else None)
+        process.join(moments.uniform(*within) if life < kills else None)
         killed += process.is_alive()
         process.kill()
         process.join()
@@ -62,8 +69,8 @@ def files(run):
 def test_a_run_that_was_killed_again_and_again_leaves_the_bytes_of_one_that_was_not(words, two_steps, tmp_path):
     words += ("--student", two_steps, "--reference", two_steps) if "alone=1" in words else ()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    killed_at_random(whole, words, kills=0)
-    assert killed_at_random(killed, words, kills=3)
+    killed_at_random(busy, *words, "--out", whole, kills=0)
+    assert killed_at_random(busy, *words, "--out", killed, kills=3)
     one, other = files(whole), files(killed)
     assert one.keys() == other.keys() and [name for name in one if one[name] != other[name]] == []
     one, other = read_state(whole), read_state(killed)
@@ -71,8 +78,43 @@ def test_a_run_that_was_killed_again_and_again_leaves_the_bytes_of_one_that_was_
     assert len(list(killed.glob("state-*"))) == 1 and (killed / "sheet-000012.png").exists()
 
 
+def encode(folder, prompts):
+    CachedText(folder, TINY, Arithmetic(torch.device("cpu"), torch.float32)).encode_all(prompts, batch=3)
+
+
+def test_text_whose_encoding_was_killed_again_and_again_has_the_bytes_of_one_that_was_not(tmp_path):
+    prompts = set(shapes.draw_captions(300, torch.Generator().manual_seed(0))[0])
+    killed_at_random(encode, tmp_path / "whole", prompts, kills=0)
+    assert killed_at_random(encode, tmp_path / "killed", prompts, kills=8, within=(0.1, 0.5))
+    one, other = files(tmp_path / "whole"), files(tmp_path / "killed")
+    assert len(one) == len(prompts) and one == other
+
+
+def ablate(folder):
+    """A small `evaluate.py ablate` of both stages; its own runs save each iteration."""
+    few = "--iterations 3 --batch 2"
+    arms = {"one": Arm(f"--stage 1 {few}"), "two": Arm(f"--stage 2 {few}", start=f"--stage 1 {few}")}
+    for owner, name, value in (*quick_train.BARE, (train, "SAVE_SECONDS", 0), (train, "LOG_EVERY", 1),
+                               (shapes, "THOROUGH", {"captions": 6, "samples": 2, "renders": 64, "draws": 2}),
+                               (ablations, "REFERENCES", {f"--stage 1 {few}": arms["one"]}),
+                               (ablations, "ABLATIONS", {"gate": Ablation("Small", arms, [])}),
+                               (sys, "argv", f"evaluate.py ablate --seeds 1 --dtype fp32 --out {folder}".split())):
+        setattr(owner, name, value)
+    commandline.run_script(evaluate.main)
+
+
+def test_ablations_that_were_killed_again_and_again_measure_what_others_do(tmp_path):
+    killed_at_random(ablate, tmp_path / "whole", kills=0)
+    assert killed_at_random(ablate, tmp_path / "killed", kills=4, within=(0.5, 4))
+    one, other = ({file.relative_to(out): json.loads(file.read_text()) | {"took": None}
+                   for file in out.glob("measured/*.json")} for out in (tmp_path / "whole", tmp_path / "killed"))
+    assert len(one) == 2 and one == other
+    one, other = files(tmp_path / "whole" / "runs"), files(tmp_path / "killed" / "runs")
+    assert [name for name in one if one[name] != other.get(name)] == [] and one.keys() == other.keys()
+
+
 def test_sheets_and_their_number_do_not_change_what_is_trained(tmp_path):
-    killed_at_random(tmp_path / "sheets", STAGE1[:3] + (4,), kills=0)
+    killed_at_random(busy, *STAGE1[:3], 4, "--out", tmp_path / "sheets", kills=0)
     quick_train.run("--bare", "--batch", 2, *STAGE1[:3], 4, "--out", tmp_path / "none")
     one, other = read_state(tmp_path / "sheets"), read_state(tmp_path / "none")
     assert (tmp_path / "sheets" / "sheet-000004.png").exists() and not list((tmp_path / "none").glob("sheet*"))
