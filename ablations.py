@@ -315,21 +315,27 @@ def verdict(mean, p):
     return "undecided" if p >= 0.05 else "reproduced" if mean > 0 else "not reproduced"
 
 
-def report(names, seeds, out):
-    """Markdown: for each ablation a table of its arms, one of its claims, and what pictures there are.
-
-    seeds: how many, or None: each ablation's own.
-    """
+def judged(names, seeds, out):
+    """{(ablation, claim): (mean difference, half its interval, p corrected for their number, the first two in the
+    distance to the teacher, or None)}, of the claims whose arms were measured. seeds: see `report`."""
     def measured(name, claim, measure):
         return difference(*(numbers(out, ABLATIONS[name].arms[arm], seeds_of(name, seeds), measure)[0]
                             for arm in (claim.above, claim.below)), claim.sign)
 
     found = {(name, claim): measured(name, claim, claim.measure) for name in names for claim in ABLATIONS[name].claims}
-    found = {key: values for key, values in found.items() if not math.isnan(values[0])}  # both arms are there
-    rows = {name: [] for name in names}
-    for ((name, claim), (mean, half, _)), p in zip(found.items(), holm([p for *_, p in found.values()])):
-        there = measured(name, claim, TO_TEACHER)[:2] if claim.measure == DISTANCE else None
-        rows[name].append(row_of_claim(claim, mean, half, p, there))
+    found = {key: values for key, values in found.items() if not math.isnan(values[0])}
+    return {(name, claim): (mean, half, p, measured(name, claim, TO_TEACHER)[:2] if claim.measure == DISTANCE else None)
+            for ((name, claim), (mean, half, _)), p in zip(found.items(), holm([p for *_, p in found.values()]))}
+
+
+def report(names, seeds, out):
+    """Markdown: for each ablation a table of its arms, one of its claims, and what pictures there are.
+
+    seeds: how many, or None: each ablation's own.
+    """
+    found = judged(names, seeds, out)
+    rows = {name: [row_of_claim(claim, *values) for (owner, claim), values in found.items() if owner == name]
+            for name in names}
     lines = [f"A claim is reproduced, or not, where its p is below 0.05, corrected for their number, {len(found)} "
              "(Holm); else it is undecided. Differences have their own 95 % intervals.", ""]
     took = sum(numbers(out, arm, seeds_of(name, seeds), ("took", "minutes"))[0].sum()
@@ -338,8 +344,7 @@ def report(names, seeds, out):
     for name in names:
         ablation = ABLATIONS[name]
         lines += [f"### {ablation.title}", "", *table_of_arms(ablation, seeds_of(name, seeds), out), "",
-                  "| claim | measure | difference | p, corrected | verdict | in the distance to the teacher |",
-                  "|---|---|---|---|---|---|", *rows[name], ""]
+                  *HEAD_OF_CLAIMS, *rows[name], ""]
         for picture in (f"{name}.png", f"{name}-curve.png"):
             if (out / picture).exists():
                 lines += [f"![{ablation.title}]({picture})", ""]
@@ -361,13 +366,19 @@ def table_of_arms(ablation, seeds, out):
     return lines
 
 
+HEAD_OF_CLAIMS = ("| claim | measure | difference | p, corrected | verdict | in the distance to the teacher |",
+                  "|---|---|---|---|---|---|")
+
+
 def row_of_claim(claim, mean, half, p, there):
     """there: mean difference and half interval in the paper's own measure, the distance to the teacher, or None."""
     measure = " ".join(claim.measure).replace("distribution ", "").replace(" mean", "")
-    agrees = f"{claim.sign * there[0]:+.3f} ± {there[1]:.3f}, {'agrees' if there[0] * mean > 0 else 'does not'}" \
-        if there else ""
-    return (f"| {claim.text} | {measure} | {claim.sign * mean:+.3f} ± {half:.3f} | {p:.3f} | {verdict(mean, p)} | "
-            f"{agrees} |")
+
+    def shown(mean, half):
+        return f"{claim.sign * mean:+.3f}" + (", one seed" if math.isnan(half) else f" ± {half:.3f}")
+
+    agrees = f"{shown(*there)}, {'agrees' if there[0] * mean > 0 else 'does not'}" if there else ""
+    return f"| {claim.text} | {measure} | {shown(mean, half)} | {p:.3f} | {verdict(mean, p)} | {agrees} |"
 
 
 def sheet(name, args, rows=6):

@@ -54,10 +54,18 @@ def table(name, measured=HERE / "ablations"):
     return "\n".join(lines)
 
 
+def claims(measured=HERE / "ablations"):
+    """Markdown: all claims whose arms were measured."""
+    found = ablations.judged(list(ABLATIONS), None, measured)
+    return "\n".join([*ablations.HEAD_OF_CLAIMS, *(ablations.row_of_claim(claim, *values)
+                                                   for (_, claim), values in found.items())])
+
+
 def filled(text):
     """A document with its tables as they are now."""
     return re.sub(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)",
-                  lambda found: found[1] + table(found[2]) + found[3], text, flags=re.S)
+                  lambda found: found[1] + (claims() if found[2] == "claims" else table(found[2])) + found[3], text,
+                  flags=re.S)
 
 
 if __name__ == "__main__":
