@@ -145,7 +145,7 @@ def synchronize(device):
 
 def cached_blocks(depth):
     """(first, last) of the blocks to cache in a network without a cache; a preset's, where one is as deep."""
-    first = depth // 12
+    first = max(min(2, depth - 1), depth // 12)
     number = 10 if depth == 38 else max(1, depth // 3)  # 10 of 38 and 8 of 24 are the paper's
     return first, first + number - 1
 

@@ -99,8 +99,8 @@ FASTER = {"at_once": 0, "recompute": False}  # where memory is no matter
 PRESETS = {  # what differs from these defaults; the number of cached blocks is the paper's, where they lie is ours
     "tiny": {"model": str(TINY),
              1: {**FASTER, "iterations": 200, "batch": 32, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.90},
-             2: {**FASTER, "iterations": 700, "student_lr": 8e-5, "compensator_lr": 1e-3, "discriminator_lr": 2e-3,
-                 "output_weight": 16.0, "feature_weight": 0.1, "cache": (1, 4), "lora": 0, "alone": 200, "warmup": 10,
+             2: {**FASTER, "iterations": 500, "student_lr": 2e-5, "compensator_lr": 1e-3, "discriminator_lr": 2e-3,
+                 "output_weight": 16.0, "feature_weight": 0.02, "cache": (2, 5), "lora": 0, "alone": 200, "warmup": 10,
                  "decay": True, "backbone": str(TINY)}},
     "sd3-medium": {"model": "stabilityai/stable-diffusion-3-medium-diffusers"},
     "sd3.5-medium": {"model": "stabilityai/stable-diffusion-3.5-medium"},
