@@ -227,9 +227,9 @@ def open_arm(arm, seed, args):
         return open_sampler(f"{TINY}@{arm.options}", args.device)
     settings, folder = settings_of(arm, seed, args), folder_of(arm, seed, args.out)
     if not is_finished(folder):
-        for before in (Arm(arm.start), reference_of(arm)) if settings.stage == 2 else ():
+        for before, its_seed in ((Arm(arm.start), seed), (reference_of(arm), 0)) if settings.stage == 2 else ():
             if before:
-                open_arm(before, seed, args)
+                open_arm(before, its_seed, args)
         with weights.alone_in(folder):
             {1: train.stage1, 2: train.stage2}[settings.stage](settings)
     if settings.stage == 2:
@@ -248,14 +248,17 @@ def settings_of(arm, seed, args):
         words += ["--student", str(folder_of(Arm(arm.start), seed, args.out))]
         if "--reference" not in arm.train:
             reference = reference_of(arm)
-            words += ["--reference", str(folder_of(reference, seed, args.out) if reference else TINY)]
+            words += ["--reference", str(folder_of(reference, 0, args.out) if reference else TINY)]
     settings = train.parse_arguments(words)
     settings.arithmetic = arithmetic(args)
     return settings
 
 
 def reference_of(arm):
-    """The arm that makes Stage II's real images: our student of twice as many steps. None: no other arm does."""
+    """The arm that makes Stage II's real images: our student of twice as many steps. None: no other arm does.
+
+    Its run of seed 0 serves all seeds: what differs between them is the student.
+    """
     return None if "--reference" in arm.train else REFERENCES.get(arm.start)
 
 
