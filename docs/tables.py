@@ -20,26 +20,25 @@ COLUMNS = {"adherence": (("adherence", "mean"), 3), "whole prompt": (("adherence
            "coverage": (COVERAGE, 3), "distance to a scene": (FIDELITY, 3), "Fréchet distance": (DISTANCE, 1),
            "to the teacher": (TO_TEACHER, 1)}
 HEADLINE = {label: arm for ablation in ("headline", "cache") for label, arm in ABLATIONS[ablation].arms.items()}
-EVALUATIONS = {"true scenes, autoencoded": "", "teacher, 28 × 2, w = 2": "56", "teacher, 28 × 2, w = 7": "56",
-               "teacher, 4 × 2, w = 2": "8", "teacher, 2 × 2, w = 2": "4", "plain re-use": "1.67", "ours, 1.67": "1.67"}
-ROWS = {  # table: {label in HEADLINE: as it is called there}
+ROWS = {  # table: {label in HEADLINE: (evaluations, as it is called there)}
     "README": {
-        "true scenes, autoencoded": "true scenes, through the autoencoder",
-        "teacher, 28 × 2, w = 2": "teacher, w = 2, its best",
-        "teacher, 28 × 2, w = 7": "teacher, w = 7, which students learn from",
-        "teacher, 2 × 2, w = 2": "teacher, 2 steps",
-        "DMD, 2": "DMD", "TDM, 2": "TDM",
-        "ours, 4, Stage I": "ours, Stage I: `train.py --stage 1 --steps 4`",
-        "ours, 2": "**ours, Stage I: `train.py --stage 1`**",
-        "plain re-use": "the same, blocks 2–5 re-used as they are",
-        "ours, 1.67": "**ours, Stage II: `train.py --stage 2`**"},
+        "true scenes, autoencoded": ("", "true scenes, through the autoencoder"),
+        "teacher, 28 × 2, w = 2": ("56", "teacher, w = 2, its best"),
+        "teacher, 28 × 2, w = 7": ("56", "teacher, w = 7, which students learn from"),
+        "teacher, 4 × 2, w = 2": ("8", "teacher, 4 steps"),
+        "teacher, 2 × 2, w = 2": ("4", "teacher, 2 steps"),
+        "ours, 4, Stage I": ("4", "ours, Stage I: `train.py --stage 1 --steps 4`"),
+        "TDM, 2": ("2", "TDM: `--alpha 1 --density uniform`"),
+        "ours, 2": ("2", "**ours, Stage I: `train.py --stage 1`**"),
+        "plain re-use": ("1.67", "the same, blocks 2–5 re-used as they are"),
+        "ours, 1.67": ("1.67", "**ours, Stage II: `train.py --stage 2`**")},
 }
 
 
 def table(name, measured=HERE / "ablations"):
     """Markdown: a row an arm that was measured, mean ± standard deviation over its seeds."""
     lines = [f"| | evaluations | seeds | {' | '.join(COLUMNS)} |", "|" + "---|" * (3 + len(COLUMNS))]
-    for label, called in ROWS[name].items():
+    for label, (evaluations, called) in ROWS[name].items():
         arm, cells = HEADLINE[label], []
         for measure, digits in COLUMNS.values():
             values, error = ablations.numbers(measured, arm, 5, measure)
@@ -49,7 +48,6 @@ def table(name, measured=HERE / "ablations"):
                 cells.append(f"{mean:.{digits}f}{spread}")
         if cells:
             seeds = len(values) if arm.train else ""
-            evaluations = EVALUATIONS.get(label, label.split(",")[1].strip())
             lines.append(f"| {called} | {evaluations} | {seeds} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
-"""docs/map.md is true: every function in it exists and cites its label, and every label in the code stands in it."""
+"""The docs are true: every function of docs/map.md exists and cites its label, every label in the code stands there;
+tables are those of what was measured."""
 
 import importlib
 import inspect
@@ -36,3 +37,10 @@ def test_a_function_of_the_map_exists_and_one_of_the_row_cites_its_label(row):
 def test_a_label_in_the_code_stands_in_the_map(file):
     ours = "\n".join(line for line in file.read_text().splitlines() if not OTHERS.search(line))
     assert labels(ours) <= labels("\n".join(row[0] for row in ROWS)) | {"Sec 3", "Sec 4"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/experiments.md"])
+def test_the_tables_are_those_of_what_ablate_measured(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    text = (ROOT / name).read_text()
+    assert importlib.import_module("tables").filled(text) == text and "<!-- table" in text

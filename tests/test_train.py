@@ -182,7 +182,7 @@ def test_help_shows_the_flags_of_the_stage_with_their_defaults(stage, capsys):
         train.parse_arguments(["--stage", str(stage), "--help"])
     shown = capsys.readouterr().out
     assert ("--alpha" in shown, "--cache" in shown) == (stage == 1, stage == 2)
-    assert stage != 1 or "(default: 0.8)" in " ".join(shown.split())
+    assert stage != 1 or "(default: 0.9)" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("arguments, message", [
