@@ -102,7 +102,7 @@ def reuse_errors(model, noise, nodes, cond):
     for block in range(len(model.joint_blocks)):
         first, second = (model(state, sigma.expand(len(noise)), *cond, (block, block))[1]
                          for state, sigma in ((noise, nodes[0]), (x, nodes[1])))
-        errors.append([(b - a).square().mean().sqrt() for a, b in zip(first, second, strict=True)])
+        errors.append([(b.float() - a.float()).square().mean().sqrt() for a, b in zip(first, second, strict=True)])
     return torch.tensor(errors)
 
 

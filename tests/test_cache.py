@@ -50,6 +50,8 @@ def test_the_reuse_error_is_how_far_a_blocks_residual_moves_between_the_first_tw
     expected = [(b - a).square().mean().sqrt() for a, b in zip(*added)]
     assert errors.shape == (6, 2) and torch.allclose(errors[3], torch.stack(expected), rtol=1e-4)
     assert errors[5, 1] == 0 and (errors[:, 0] > 0).all()  # the last block leaves the text as it is
+    in_bf16 = cache.reuse_errors(network.bfloat16(), noise, nodes, cond)
+    assert in_bf16.dtype == torch.float32 and torch.allclose(in_bf16, errors, rtol=0.1, atol=0.01)
 
 
 # ------------------------------------------------------------------------------------------------ the forward pass
