@@ -269,7 +269,7 @@ def test_the_reuse_error_of_every_block_is_written_for_a_teacher_at_a_students_l
 
 
 def test_every_range_of_blocks_is_re_used_and_its_cost_compared_with_the_errors(run, monkeypatch):
-    def measure(draw, recogniser, samples):
+    def measure(draw, recogniser, **settings):
         first, last = draw.__self__.pipeline.cache.blocks
         return {"adherence": {"mean": (1, 0)}, "fidelity": {"mean": (abs(first - 3) + 0.1 * last, 0)}}
 
