@@ -87,6 +87,7 @@ def evaluations(kind):
 
 
 def some(arms, names):
+    """Those of the arms whose labels begin with one of the names of RANGES."""
     return {label: arm for label, arm in arms.items() if label.split()[0] in names}
 
 

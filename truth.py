@@ -107,12 +107,12 @@ def swapped(pipeline, recogniser, nodes, k, n=512, seed=0):
     def look(x, cond):
         return shapes.recognise(recogniser, decode(pipeline, flow.sample(pipeline.mmdit, x, nodes[k:], cond)))
 
-    x, other_x = (flow.sample(pipeline.mmdit, start, nodes[:k + 1], cond) for start in (noise, other_noise))
-    before = flow.sample(pipeline.mmdit, noise, nodes[:k], cond)
+    before = flow.sample(pipeline.mmdit, noise, nodes[:k], cond)                        # x_{σ_{k-1}}
+    x = flow.sample(pipeline.mmdit, before, nodes[k - 1:k + 1], cond)                   # x_{σ_k}
     estimate = flow.velocity_to_x0(before, (x - before) / (nodes[k] - nodes[k - 1]), nodes[k - 1])
-    seen, other_seen, mixed = look(x, cond), look(other_x, cond), look(flow.add_noise(estimate, other_noise, nodes[k]),
-                                                                     cond)
-    heard = look(x, other_cond)
+    other_x = flow.sample(pipeline.mmdit, other_noise, nodes[:k + 1], cond)
+    seen, other_seen, heard = look(x, cond), look(other_x, cond), look(x, other_cond)
+    mixed = look(flow.add_noise(estimate, other_noise, nodes[k]), cond)
     open_ = ~named & (seen != other_seen)
     told = named & other_named & (labels != other_labels)
 

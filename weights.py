@@ -515,8 +515,9 @@ def alone_in(folder, wait=False):
     except Timeout as error:
         raise Busy(f"{folder}: another run is writing there; wait for its end, or choose another --out") from error
     try:
-        for part in (*folder.rglob("*.part"), *folder.rglob(".tmp*")):  # of a run that was killed while it, or
-            part.unlink()                                               # safetensors, wrote
+        # of a run that was killed while it wrote; the second are safetensors' own
+        for part in (*folder.rglob("*.part"), *folder.rglob(".tmp*")):
+            part.unlink()
         yield
     finally:
         lock.release()

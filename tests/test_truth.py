@@ -41,7 +41,7 @@ def test_the_command_writes_table_and_figure_of_a_stage_1_run(two_steps, tmp_pat
     assert "w = 7" in lines[0] and len(lines) == 4 + len(truth.LEVELS) and lines[2] in capsys.readouterr().out
 
 
-def test_the_steps_decide_that_make_the_most_of_the_way(tmp_path, monkeypatch):
+def test_the_steps_decide_that_make_the_most_of_the_way():
     """Of eight steps of the teacher the last changes next to nothing, and the first alone leaves all open."""
     pipeline, recogniser = load_pipeline(TINY), shapes.load_recogniser(TINY)
     early, late = (truth.swapped(pipeline, recogniser, flow.student_sigmas(8, 3.0), k, n=64) for k in (1, 7))
