@@ -121,11 +121,16 @@ ABLATIONS = {
         seeds=5),
     "cache": Ablation(
         "Block cache (Fig. 11, Table 5)",
-        {"none": OURS, "plain re-use": PLAIN["2-5 plain"], "compensated, co-trained": STAGE2},
+        {"none": OURS, "plain re-use": PLAIN["2-5 plain"], "compensated, co-trained": STAGE2,
+         "co-trained without f": Arm("--stage 2 --correction none"),
+         "pruned, co-trained": Arm("--stage 2 --correction prune")},
         [Claim("plain re-use hurts adherence", "none", "plain re-use", ADHERENCE),
          Claim("plain re-use hurts detail", "none", "plain re-use", FIDELITY, -1),
          Claim("co-training wins adherence back", "compensated, co-trained", "plain re-use", ADHERENCE),
-         Claim("co-training wins detail back", "compensated, co-trained", "plain re-use", FIDELITY, -1)],
+         Claim("co-training wins detail back", "compensated, co-trained", "plain re-use", FIDELITY, -1),
+         Claim("f wins detail", "compensated, co-trained", "co-trained without f", FIDELITY, -1),
+         Claim("a cache has more detail than a step with these blocks left out", "compensated, co-trained",
+               "pruned, co-trained", FIDELITY, -1)],
         seeds=5),
     "detail": Ablation(
         "Stage II without a cache: what adversarial training adds to Stage I",

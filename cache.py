@@ -51,18 +51,36 @@ class ResidualMLP(nn.Module):
         return residual + self.fc2(F.gelu(self.fc1(self.norm(residual))))               # (B, tokens, width)
 
 
+class Unchanged(nn.Module):
+    """In place of f: Δ0 as it is. The student alone is to learn to live with it."""
+
+    def forward(self, image, text):
+        return image, text
+
+
+class Pruned(nn.Module):
+    """In place of f: nothing. The blocks are left out, as a pruned network would; the cache is not used."""
+
+    def forward(self, image, text):
+        return torch.zeros_like(image), torch.zeros_like(text)
+
+
 # ------------------------------------------------------------------------------------------------------- sampling
 
 class Cache(NamedTuple):
     """Which blocks are cached, and what corrects their residual."""
 
     blocks: tuple                           # (a, b): the first and the last, counted from 0
-    compensator: Compensator = None         # None: plain re-use
+    compensator: nn.Module = None           # None: plain re-use
 
 
-def new_cache(blocks, width, device="cpu"):
-    """A cache whose compensator is still the identity."""
-    return Cache(blocks, Compensator(width).to(device))
+CORRECTIONS = {"mlp": Compensator, "none": Unchanged, "prune": Pruned}
+
+
+def new_cache(blocks, width, device="cpu", correction="mlp"):
+    """A cache whose compensator is still the identity; or one of the other two CORRECTIONS, which learn nothing."""
+    f = Compensator(width) if correction == "mlp" else CORRECTIONS[correction]()
+    return Cache(blocks, f.to(device))
 
 
 class CachedSteps:
@@ -152,7 +170,7 @@ def sampling_flops(model, height, width, text_tokens, steps, cache=None, guided=
         total -= (steps - 1) * (one - forward_flops(model, height, width, text_tokens, cache.blocks))
         h, w = model.grid_size(height, width)
         f = cache.compensator
-        for mlp, tokens in ((f.image, h * w), (f.text, text_tokens)) if f else ():
+        for mlp, tokens in ((f.image, h * w), (f.text, text_tokens)) if isinstance(f, Compensator) else ():
             total += tokens * 2 * (mlp.fc1.weight.numel() + mlp.fc2.weight.numel())
     return total * (2 if guided else 1)
 
@@ -193,15 +211,16 @@ def load_cache(folder, model, device="cpu", dtype=torch.float32):
     try:
         (first, last), = weights.parse_json(header.get("ranges", "[]"), "its range of blocks")
         check_blocks((index(first), index(last)), len(model.joint_blocks), steps=2)
-    except (ValueError, TypeError, weights.UserError) as error:
+        cache = new_cache((first, last), model.pos_embed.shape[2], correction=header.get("correction", "mlp"))
+    except (ValueError, TypeError, KeyError, weights.UserError) as error:
         raise weights.UserError(f"{file}: a compensator that does not fit the student ({error})") from error
-    cache = new_cache((first, last), model.pos_embed.shape[2])
     weights.load_plain(nn.ModuleList([cache.compensator]), file)
     cache.compensator.to(device, dtype).requires_grad_(False).eval()
     return cache
 
 
 def save_cache(cache, folder):
-    """Write the compensator, with its range in the header. (Files have a list of ranges, of which there is one.)"""
+    """Write the compensator, its kind and its range in the header (as a list of ranges, of which there is one)."""
+    kind, = (name for name, kind in CORRECTIONS.items() if isinstance(cache.compensator, kind))
     state = {f"0.{name}": tensor.detach().cpu().contiguous() for name, tensor in cache.compensator.state_dict().items()}
-    weights.write_safetensors(cache_file(folder), state, {"ranges": json.dumps([cache.blocks])})
+    weights.write_safetensors(cache_file(folder), state, {"ranges": json.dumps([cache.blocks]), "correction": kind})

@@ -31,7 +31,7 @@ import report
 import shapes
 import tiny
 import weights
-from cache import Cache, check_blocks, describe_cost, load_cache, new_cache
+from cache import CORRECTIONS, Cache, check_blocks, describe_cost, load_cache, new_cache
 from commandline import CommandLine, UserError, count, number, positive
 from mmdit import read_shapes, save_mmdit
 from networks import (Arithmetic, NotFinite, adamw, descend, fast_bf16, frozen_network, open_networks, trainable,
@@ -79,6 +79,7 @@ STAGE2 = {
     "backbone": ("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup", str, "the discriminator's ConvNeXt"),
     "cache": ((2, 9), commandline.blocks, "A-B: blocks, from 0, that only the first step runs (Fig. 12); slow, fast: "
               "the paper's for SD3-Medium, 1.75 and 1.67; or none"),
+    "correction": ("mlp", list(CORRECTIONS), "of the cached residual Δ0: f, an MLP; none, as it is; prune, 0 instead"),
     "objective": ("adv", list(OBJECTIVES), "adversarial, distillation of output or feature, or several (Fig. 13)"),
     "output_weight": (1.0, None, "of the velocity's distillation"),
     "feature_weight": (1.0, None, "of the residual's distillation"),
@@ -109,7 +110,7 @@ PRESETS = {  # what differs from these defaults; the number of cached blocks is 
 TRUTH = "truth"             # the --reference that draws true scenes
 GROUPS = {  # of the flags, in --help
     "networks and prompts": "model prompts student reference backbone",
-    "the method": "steps guidance alpha density windows cache objective",
+    "the method": "steps guidance alpha density windows cache correction objective",
     "optimisation": "iterations batch student_lr fake_lr compensator_lr discriminator_lr lora",
     "memory": "at_once offload"}
 SAVES_MEMORY = ("at_once", "recompute", "offload")  # and changes nothing
@@ -241,13 +242,13 @@ def stage2(args):
     reference = None if args.reference == TRUTH else load_reference(args, original)
     nodes, uncond = original.sigmas(args.steps), text([""])
     torch.manual_seed(args.seed)  # for the initial weights alone
-    cache = new_cache(args.cache, frozen.pos_embed.shape[2], args.device) if args.cache else None
+    cache = args.cache and new_cache(args.cache, frozen.pos_embed.shape[2], args.device, args.correction)
     discriminator = adversarial.Discriminator(backbone).to(args.device) if backbone else None
     for network in filter(None, (student, original.vae.decoder, backbone)):
         network.recompute = args.recompute
 
     learning, rates = {"student": learned}, [(student, args.student_lr)]
-    if cache:
+    if cache and args.correction == "mlp":
         learning["compensator"] = cache.compensator
         rates.append((cache.compensator, args.compensator_lr))
     optimizers = {"generator_adamw": adamw(rates, args.betas, args.weight_decay)}
@@ -291,7 +292,7 @@ def stage2(args):
             # released: not clipped
             descend([optimizers["discriminator_adamw"]], losses, math.inf, inputs, args.offload)
             return losses
-        if cache and adversarial.generator_turns(step, *turns) < args.warmup:
+        if "compensator" in learning and adversarial.generator_turns(step, *turns) < args.warmup:
             for parameter in trainable(student):  # at rest; requires_grad stays, FSDP2 would not notice its change
                 parameter.grad = None
         for group, (_, lr) in zip(optimizers["generator_adamw"].param_groups, rates):
@@ -335,6 +336,9 @@ def check_stage2(args):
     check_blocks(args.cache, depth, args.steps)
     if args.objective != "adv" and not args.cache:
         raise UserError(f"--objective {args.objective} without a --cache would distil the student from itself")
+    if "feature" in args.objective and args.correction != "mlp":
+        raise UserError(f"--objective {args.objective} teaches f, the correction that --correction {args.correction} "
+                        "leaves out")
 
 
 def load_reference(args, student):

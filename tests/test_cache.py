@@ -69,6 +69,18 @@ def test_a_cached_pass_on_the_same_input_is_the_full_pass(kind, blocks):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("blocks", [(1, 2), (2, 4)], ids=str)
+def test_a_pruned_step_is_that_of_a_network_without_these_blocks_and_none_corrects_nothing(blocks):
+    network, inputs = random_network(), random_inputs()
+    residual = network(*inputs, blocks)[1]
+    unchanged, pruned = (cache.new_cache(blocks, 128, correction=name).compensator for name in ("none", "prune"))
+    assert all(a is b for a, b in zip(unchanged(*residual), residual))
+    without = network(*inputs, blocks, pruned(*residual))
+    del network.joint_blocks[blocks[0]:blocks[1] + 1]
+    assert torch.equal(without, network(*inputs))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("blocks", BLOCKS, ids=str)
 def test_the_residual_is_what_the_blocks_add_to_both_streams_and_then_they_do_not_run(blocks):
     network, inputs, seen, (first, last) = random_network(), random_inputs(), {}, blocks
@@ -208,7 +220,7 @@ def test_blocks_that_do_not_fit_are_refused(blocks, steps):
 
 @pytest.mark.parametrize("damage", ["another width", "blocks outside", "no blocks", "two ranges", "not JSON",
                                     "half a block", "NaN",
-                                    "a tensor too few"])
+                                    "a tensor too few", "an unknown correction", "the tensors of another correction"])
 def test_a_compensator_that_does_not_fit_the_student_is_refused(damage, tmp_path):
     student = random_network()
     cache.save_cache(cache.new_cache((1, 2), 128 if damage != "another width" else 64), tmp_path)
@@ -220,7 +232,9 @@ def test_a_compensator_that_does_not_fit_the_student_is_refused(damage, tmp_path
     if damage == "NaN":
         tensors["0.text.fc1.bias"][0] = torch.nan
     header = {"blocks outside": {"ranges": "[[1, 9]]"}, "no blocks": {}, "two ranges": {"ranges": "[[1, 2], [3, 4]]"},
-              "not JSON": {"ranges": "1-2"}, "half a block": {"ranges": "[[1, 1.5]]"}}.get(damage, header)
+              "not JSON": {"ranges": "1-2"}, "half a block": {"ranges": "[[1, 1.5]]"},
+              "an unknown correction": {**header, "correction": "mpl"},
+              "the tensors of another correction": {**header, "correction": "prune"}}.get(damage, header)
     save_file(tensors, file, header)
     with pytest.raises(UserError, match="compensator") as error:
         cache.load_cache(tmp_path, student)
@@ -229,11 +243,14 @@ def test_a_compensator_that_does_not_fit_the_student_is_refused(damage, tmp_path
     assert cache.load_cache(tmp_path, student) is None
 
 
-def test_a_compensator_is_read_back_as_it_was_and_its_blocks_stand_in_the_header(tmp_path):
-    used = cache.new_cache((3, 4), 128)
-    torch.nn.init.normal_(used.compensator.text.fc2.weight)
+@pytest.mark.parametrize("correction", cache.CORRECTIONS)
+def test_a_compensator_is_read_back_as_it_was_and_its_blocks_stand_in_the_header(correction, tmp_path):
+    used = cache.new_cache((3, 4), 128, correction=correction)
+    for parameter in used.compensator.parameters():
+        torch.nn.init.normal_(parameter)
     cache.save_cache(used, tmp_path)
     with safe_open(cache.cache_file(tmp_path), "pt") as file:
         assert json.loads(file.metadata()["ranges"]) == [[3, 4]]
-    again = cache.load_cache(tmp_path, random_network()).compensator.state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in used.compensator.state_dict().items())
+    again = cache.load_cache(tmp_path, random_network()).compensator
+    assert type(again) is type(used.compensator)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in used.compensator.state_dict().items())

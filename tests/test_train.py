@@ -217,6 +217,7 @@ def test_help_shows_the_flags_of_the_stage_with_their_defaults(stage, capsys):
     ("--stage 2 --student {student} --reference truth --model {other} --prompts {prompts}", "is for the tiny world"),
     ("--stage 2 --student {student} --cache 8-12", "cached blocks 8-12"),
     ("--stage 2 --student {student} --cache none --objective output", "distil the student from itself"),
+    ("--stage 2 --student {student} --correction prune --objective output+feature", "leaves out"),
 ])
 def test_wrong_arguments_end_in_one_line(arguments, message, two_steps, make_pair, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where there is no run
