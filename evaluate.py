@@ -4,7 +4,7 @@
     python evaluate.py speed
     python evaluate.py reuse runs/stage1
     python evaluate.py score runs/stage1
-    python evaluate.py swap runs/stage1
+    python evaluate.py swap runs/stage1 --first tiny-sd3
     python evaluate.py ablate
 
 A model is a file, a folder or a Hugging Face id; PATH@steps=4,guidance=2,shift=3,cache=1-4 says how it is sampled.
@@ -88,6 +88,8 @@ def main():
 
     six = add_command(commands, swap, "which step decides what: states change hands between the steps")
     six.add_argument("model", metavar="MODEL", help="a student of the tiny world, of at least 2 steps")
+    six.add_argument("--first", action="append", default=[], metavar="MODEL", help="also measure the student "
+                     "after this model's first steps instead of its own; may be given several times")
 
     three = add_command(commands, ablate, "re-run the paper's ablations in the tiny world")
     three.add_argument("--only", action="append", choices=ablations.ABLATIONS, help="may be given several times")
@@ -451,6 +453,17 @@ def swap(args):
         for label, shares in truth.swapped(pipeline, recogniser, nodes, k).items():
             cells = " | ".join(f"{share:.2f}" for share in (*shares, shares.mean()))
             lines.append(f"| {k} + {len(nodes) - 1 - k} | {label} | {cells} |")
+    if args.first:
+        measures = {"adherence": "adherence", "coverage": "coverage", "fidelity": "distance to a scene"}
+        lines += ["", f"| steps | the first by | {' | '.join(measures.values())} |", "|" + "---|" * (2 + len(measures))]
+    for name in [args.model, *args.first] if args.first else ():
+        first, own = open_sampler(name, args.device, DTYPES[args.dtype])
+        check_scenes(name, first)
+        for k in range(1, len(nodes) - 1):
+            images = truth.relay(first, pipeline, nodes, k, own.get("guidance", first.guidance()))
+            found = shapes.measure(images, recogniser, captions=1024, samples=64)
+            cells = " | ".join("{:.3f} ± {:.3f}".format(*found[measure]["mean"]) for measure in measures)
+            lines.append(f"| {k} + {len(nodes) - 1 - k} | {name} | {cells} |")
     text = "\n".join(lines)
     weights.write_text(args.out / "swap.md", f"{args.model}, all blocks run in every step\n\n{text}\n")
     print(text)

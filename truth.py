@@ -122,3 +122,19 @@ def swapped(pipeline, recogniser, nodes, k, n=512, seed=0):
     return {"the clean estimate's sample": share(mixed == seen, open_),
             "the noise's sample": share(mixed == other_seen, open_),
             "the first prompt": share(heard == labels, told), "the second prompt": share(heard == other_labels, told)}
+
+
+def relay(first, last, nodes, k, guidance):
+    """A way to draw (prompts, seeds -> images): `first` makes the first k steps with `guidance`, `last` the others."""
+    uncond = first.text([""])
+
+    def images(prompts, seeds):
+        drawn = []
+        for i in range(0, len(prompts), last.batch()):
+            cond = last.text(prompts[i:i + last.batch()])
+            noise = flow.initial_noise(last.latent_shape(), seeds[i:i + last.batch()]).to(last.device)
+            x = first.sample(noise, cond, uncond, nodes[:k + 1], guidance)
+            drawn.append(decode(last, flow.sample(last.mmdit, x, nodes[k:], cond)))
+        return torch.cat(drawn)
+
+    return images

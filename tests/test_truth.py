@@ -11,7 +11,7 @@ import evaluate
 import flow
 import shapes
 import truth
-from pipeline import TINY, load_pipeline
+from pipeline import TINY, decode, generate, load_pipeline
 
 
 def test_the_optimal_velocity_is_that_of_a_gaussian_where_the_pool_is_one():
@@ -52,10 +52,18 @@ def test_the_steps_decide_that_make_the_most_of_the_way():
 
 def test_which_step_decides_is_written_as_a_table(two_steps, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(truth, "swapped", partial(truth.swapped, n=16))
-    monkeypatch.setattr(sys, "argv", f"evaluate.py swap {two_steps} --out {tmp_path}".split())
+    monkeypatch.setattr(shapes, "measure", lambda *_, honest=shapes.measure, **__: honest(*_, captions=8, samples=2))
+    monkeypatch.setattr(sys, "argv", f"evaluate.py swap {two_steps} --first {TINY} --out {tmp_path}".split())
     evaluate.main()
     table = (tmp_path / "swap.md").read_text()
-    assert table.count("| 1 + 1 |") == 4 and capsys.readouterr().out in table
+    assert table.count("| 1 + 1 |") == 6 and capsys.readouterr().out in table
+
+
+def test_a_relay_of_a_student_and_itself_is_the_student_and_a_guided_first_step_is_another():
+    pipeline, nodes = load_pipeline(TINY), flow.student_sigmas(2, 3.0)
+    expected = decode(pipeline, generate(pipeline, ["a red circle"], [3], sigmas=nodes, guidance=1.0))
+    same, other = (truth.relay(pipeline, pipeline, nodes, 1, w)(["a red circle"], [3]) for w in (1.0, 4.0))
+    assert torch.allclose(same, expected, atol=1e-4) and (other - expected).abs().max() > 0.1
 
 
 def test_a_run_without_its_fake_score_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
