@@ -149,6 +149,14 @@ ABLATIONS = {
         [*(Claim(f"adversarial alone has more detail than {name} alone", "adversarial", f"{name}, distilled", FIDELITY,
                  -1) for name in DISTILLED),
          Claim("and than adversarial with both", "adversarial", "adversarial + output + feature", FIDELITY, -1)]),
+    "guidance": Ablation(
+        "The gate, or less guidance",
+        {"w = 7, gated above α = 0.9": OURS, "w = 7, never gated": ALWAYS,
+         "w = 3, gated above α = 0.9": Arm("--stage 1 --guidance 3"),
+         "w = 3, never gated": Arm("--stage 1 --guidance 3 --alpha 1")},
+        [Claim("strong guidance and the gate are more diverse than weak guidance without", "w = 7, gated above α = 0.9",
+               "w = 3, never gated", COVERAGE),
+         Claim("and follow the prompt better", "w = 7, gated above α = 0.9", "w = 3, never gated", ADHERENCE)]),
     "alpha": Ablation(
         "Where the gate lies (Fig. 9)",
         {"α = 0.5": Arm("--stage 1 --alpha 0.5"), "α = 0.8": Arm("--stage 1 --alpha 0.8"),

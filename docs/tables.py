@@ -3,7 +3,7 @@
     python docs/tables.py
 
 The measures lie in docs/ablations/measured, a file an arm and seed. A table stands between `<!-- table NAME -->` and
-`<!-- end -->`.
+`<!-- end -->`; NAME is README, claims, or an ablation.
 """
 
 import re
@@ -19,36 +19,37 @@ from ablations import ABLATIONS, COVERAGE, DISTANCE, FIDELITY, TO_TEACHER
 COLUMNS = {"adherence": (("adherence", "mean"), 3), "whole prompt": (("adherence", "whole prompt"), 3),
            "coverage": (COVERAGE, 3), "distance to a scene": (FIDELITY, 3), "Fréchet distance": (DISTANCE, 1),
            "to the teacher": (TO_TEACHER, 1)}
-HEADLINE = {label: arm for ablation in ("headline", "cache") for label, arm in ABLATIONS[ablation].arms.items()}
-ROWS = {  # table: {label in HEADLINE: (evaluations, as it is called there)}
-    "README": {
-        "true scenes, autoencoded": ("", "true scenes, through the autoencoder"),
-        "teacher, 28 × 2, w = 2": ("56", "teacher, w = 2, its best"),
-        "teacher, 28 × 2, w = 7": ("56", "teacher, w = 7, which students learn from"),
-        "teacher, 4 × 2, w = 2": ("8", "teacher, 4 steps, w = 2"),
-        "teacher, 2 × 2, w = 2": ("4", "teacher, 2 steps, w = 2"),
-        "ours, 4, Stage I": ("4", "ours, Stage I: `train.py --stage 1 --steps 4`"),
-        "TDM, 2": ("2", "TDM: `--alpha 1 --density uniform`"),
-        "ours, 2": ("2", "**ours, Stage I: `train.py --stage 1`**"),
-        "plain re-use": ("1.67", "the same, blocks 2–5 re-used as they are"),
-        "ours, 1.67": ("1.67", "**ours, Stage II: `train.py --stage 2`**")},
-}
+README = {  # {label of an arm: as it is called there, and its evaluations}
+    "true scenes, autoencoded": "true scenes, through the autoencoder | ",
+    "teacher, 28 × 2, w = 2": "teacher, w = 2, its best | 56",
+    "teacher, 28 × 2, w = 7": "teacher, w = 7, which students learn from | 56",
+    "teacher, 4 × 2, w = 2": "teacher, 4 steps, w = 2 | 8",
+    "teacher, 2 × 2, w = 2": "teacher, 2 steps, w = 2 | 4",
+    "ours, 4, Stage I": "ours, Stage I: `train.py --stage 1 --steps 4` | 4",
+    "DMD, 2": "DMD: `--alpha 1 --density uniform --windows whole` | 2",
+    "TDM, 2": "TDM: `--alpha 1 --density uniform` | 2",
+    "ours, 2": "**ours, Stage I: `train.py --stage 1`** | 2",
+    "plain re-use": "the same, blocks 2–5 re-used as they are | 1.67",
+    "ours, 1.67": "**ours, Stage II: `train.py --stage 2`** | 1.67"}
 
 
 def table(name, measured=HERE / "ablations"):
-    """Markdown: a row an arm that was measured, mean ± standard deviation over its seeds."""
-    lines = [f"| | evaluations | seeds | {' | '.join(COLUMNS)} |", "|" + "---|" * (3 + len(COLUMNS))]
-    for label, (evaluations, called) in ROWS[name].items():
-        arm, cells = HEADLINE[label], []
+    """Markdown, of the README or of an ablation: a row for each measured arm, mean ± standard deviation over seeds."""
+    chosen = name == "README"
+    arms = ABLATIONS["headline"].arms | ABLATIONS["cache"].arms if chosen else ABLATIONS[name].arms
+    lines = [f"| | {'evaluations | ' if chosen else ''}seeds | {' | '.join(COLUMNS)} |",
+             "|" + "---|" * (2 + chosen + len(COLUMNS))]
+    for label in README if chosen else arms:
+        cells = [README[label] if chosen else label, ""]
         for measure, digits in COLUMNS.values():
-            values, error = ablations.numbers(measured, arm, 5, measure)
+            values, error = ablations.numbers(measured, arms[label], 5, measure)
             if len(values):
                 mean, deviation = ablations.spread(values, error)
                 spread = f" ± {deviation:.{digits}f}" if len(values) > 1 else ""
                 cells.append(f"{mean:.{digits}f}{spread}")
-        if cells:
-            seeds = len(values) if arm.train else ""
-            lines.append(f"| {called} | {evaluations} | {seeds} | {' | '.join(cells)} |")
+                cells[1] = str(len(values)) if arms[label].train else ""
+        if len(cells) > 2:
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
