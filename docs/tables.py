@@ -62,8 +62,8 @@ def claims(measured=HERE / "ablations"):
 
 def filled(text):
     """A document with its tables as they are now."""
-    return re.sub(r"(<!-- table (\w+) -->\n).*?(\n<!-- end -->)",
-                  lambda found: found[1] + (claims() if found[2] == "claims" else table(found[2])) + found[3], text,
+    return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)",
+                  lambda found: f"{found[1]}\n{claims() if found[2] == 'claims' else table(found[2])}\n{found[3]}", text,
                   flags=re.S)
 
 
