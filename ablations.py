@@ -335,15 +335,19 @@ def verdict(mean, p):
 
 def judged(names, seeds, out):
     """{(ablation, claim): (mean difference, half its interval, p corrected for their number, the first two in the
-    distance to the teacher, or None)}, of the claims whose arms were measured. seeds: see `report`."""
+    distance to the teacher, or None)}, of the claims whose arms were measured. Of one seed, p is 1. seeds: see report.
+    """
     def measured(name, claim, measure):
         return difference(*(numbers(out, ABLATIONS[name].arms[arm], seeds_of(name, seeds), measure)[0]
                             for arm in (claim.above, claim.below)), claim.sign)
 
     found = {(name, claim): measured(name, claim, claim.measure) for name in names for claim in ABLATIONS[name].claims}
     found = {key: values for key, values in found.items() if not math.isnan(values[0])}
-    return {(name, claim): (mean, half, p, measured(name, claim, TO_TEACHER)[:2] if claim.measure == DISTANCE else None)
-            for ((name, claim), (mean, half, _)), p in zip(found.items(), holm([p for *_, p in found.values()]))}
+    tested = {key: p for key, (_, half, p) in found.items() if not math.isnan(half)}
+    corrected = dict(zip(tested, holm(list(tested.values()))))
+    return {(name, claim): (mean, half, corrected.get((name, claim), 1.0),
+                            measured(name, claim, TO_TEACHER)[:2] if claim.measure == DISTANCE else None)
+            for (name, claim), (mean, half, _) in found.items()}
 
 
 def report(names, seeds, out):
@@ -354,7 +358,8 @@ def report(names, seeds, out):
     found = judged(names, seeds, out)
     rows = {name: [row_of_claim(claim, *values) for (owner, claim), values in found.items() if owner == name]
             for name in names}
-    lines = [f"A claim is reproduced, or not, where its p is below 0.05, corrected for their number, {len(found)} "
+    tested = sum(not math.isnan(half) for _, half, *_ in found.values())
+    lines = [f"A claim is reproduced, or not, where its p is below 0.05, corrected for their number, {tested} "
              "(Holm); else it is undecided. Differences have their own 95 % intervals.", ""]
     took = sum(numbers(out, arm, seeds_of(name, seeds), ("took", "minutes"))[0].sum()
                for arm, name in {arm: name for name in names for arm in ABLATIONS[name].arms.values()}.items())

@@ -62,9 +62,10 @@ def claims(measured=HERE / "ablations"):
 
 def filled(text):
     """A document with its tables as they are now."""
-    return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)",
-                  lambda found: f"{found[1]}\n{claims() if found[2] == 'claims' else table(found[2])}\n{found[3]}", text,
-                  flags=re.S)
+    def fill(found):
+        return f"{found[1]}\n{claims() if found[2] == 'claims' else table(found[2])}\n{found[3]}"
+
+    return re.sub(r"(<!-- table (\w+) -->).*?(<!-- end -->)", fill, text, flags=re.S)
 
 
 if __name__ == "__main__":
