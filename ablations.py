@@ -139,7 +139,7 @@ ABLATIONS = {
          "true scenes, twice as long": Arm("--stage 2 --cache none --reference truth --iterations 1000"),
          "Stage I, 4": OURS4, "Stages I and II (SFD), 4": SFD4},
         [Claim("2 steps: Stage II adds detail to Stage I", "Stages I and II, 2", "Stage I, 2", FIDELITY, -1),
-         Claim("and with true scenes", "the same, true scenes as real images", "Stage I, 2", FIDELITY, -1),
+         Claim("2 steps: with true scenes it does", "the same, true scenes as real images", "Stage I, 2", FIDELITY, -1),
          Claim("4 steps: Stage II adds detail to Stage I", "Stages I and II (SFD), 4", "Stage I, 4", FIDELITY, -1)],
         seeds=5),
     "objective": Ablation(
@@ -383,7 +383,7 @@ def table_of_arms(ablation, seeds, out):
             cells = []
             for column in COLUMNS:
                 mean, deviation = spread(*found[column])
-                digits = 1 if "distance" in column else 3
+                digits = 1 if "distance" in column else 4 if column == "fidelity" else 3
                 cells.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}")
             lines.append(f"| {label} | {measured} | {' | '.join(cells)} |")
     return lines
@@ -397,8 +397,10 @@ def row_of_claim(claim, mean, half, p, there):
     """there: mean difference and half interval in the paper's own measure, the distance to the teacher, or None."""
     measure = " ".join(claim.measure).replace("distribution ", "").replace(" mean", "")
 
+    digits = 4 if claim.measure == FIDELITY else 3
+
     def shown(mean, half):
-        return f"{claim.sign * mean:+.3f}" + (", one seed" if math.isnan(half) else f" ± {half:.3f}")
+        return f"{claim.sign * mean:+.{digits}f}" + (", one seed" if math.isnan(half) else f" ± {half:.{digits}f}")
 
     agrees = f"{shown(*there)}, {'agrees' if there[0] * mean > 0 else 'does not'}" if there else ""
     return f"| {claim.text} | {measure} | {shown(mean, half)} | {p:.3f} | {verdict(mean, p)} | {agrees} |"

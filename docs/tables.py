@@ -17,7 +17,7 @@ import ablations
 from ablations import ABLATIONS, COVERAGE, DISTANCE, FIDELITY, TO_TEACHER
 
 COLUMNS = {"adherence": (("adherence", "mean"), 3), "whole prompt": (("adherence", "whole prompt"), 3),
-           "coverage": (COVERAGE, 3), "distance to a scene": (FIDELITY, 3), "Fréchet distance": (DISTANCE, 1),
+           "coverage": (COVERAGE, 3), "distance to a scene": (FIDELITY, 4), "Fréchet distance": (DISTANCE, 1),
            "to the teacher": (TO_TEACHER, 1)}
 README = {  # {label of an arm: as it is called there, and its evaluations}
     "true scenes, autoencoded": "true scenes, through the autoencoder | ",
