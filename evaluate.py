@@ -447,18 +447,20 @@ def swap(args):
     check_scenes(args.model, pipeline)
     if len(nodes) < 3:
         raise UserError(f"{args.model}: makes one step; between two of them states can change hands")
+    others = {name: open_sampler(name, args.device, DTYPES[args.dtype])
+              for name in [args.model, *args.first] if args.first}
+    for name, (first, _) in others.items():
+        check_scenes(name, first)
     recogniser, names = shapes.load_recogniser(TINY), (*shapes.NAMES, "mean")
     lines = [f"| steps | as | {' | '.join(names)} |", "|" + "---|" * (2 + len(names))]
     for k in range(1, len(nodes) - 1):
         for label, shares in truth.swapped(pipeline, recogniser, nodes, k).items():
             cells = " | ".join(f"{share:.2f}" for share in (*shares, shares.mean()))
             lines.append(f"| {k} + {len(nodes) - 1 - k} | {label} | {cells} |")
-    if args.first:
-        measures = {"adherence": "adherence", "coverage": "coverage", "fidelity": "distance to a scene"}
+    measures = {"adherence": "adherence", "coverage": "coverage", "fidelity": "distance to a scene"}
+    if others:
         lines += ["", f"| steps | the first by | {' | '.join(measures.values())} |", "|" + "---|" * (2 + len(measures))]
-    for name in [args.model, *args.first] if args.first else ():
-        first, own = open_sampler(name, args.device, DTYPES[args.dtype])
-        check_scenes(name, first)
+    for name, (first, own) in others.items():
         for k in range(1, len(nodes) - 1):
             images = truth.relay(first, pipeline, nodes, k, own.get("guidance", first.guidance()))
             found = shapes.measure(images, recogniser, captions=1024, samples=64)

@@ -336,6 +336,8 @@ def check_stage2(args):
     check_blocks(args.cache, depth, args.steps)
     if args.objective != "adv" and not args.cache:
         raise UserError(f"--objective {args.objective} without a --cache would distil the student from itself")
+    if args.correction != "mlp" and not args.cache:
+        raise UserError(f"--correction {args.correction} without a --cache has nothing to correct")
     if "feature" in args.objective and args.correction != "mlp":
         raise UserError(f"--objective {args.objective} teaches f, the correction that --correction {args.correction} "
                         "leaves out")
