@@ -431,10 +431,11 @@ def fit(args, run, iterate, iterations, sheet=None):
     An iteration whose loss or gradient is not finite is skipped. Raises UserError after PATIENCE of them in a row.
     """
     run.restore()
-    log, saved, first = report.Log(run.folder, run.name, run.step), time.monotonic(), parallel.is_first()
+    saved, first = time.monotonic(), parallel.is_first()
     skipped = 0  # in a row
     with (tqdm(total=iterations, initial=run.step, desc=run.name, mininterval=1, disable=not first) as bar,
           commandline.asked_to_stop() as stop):
+        log = report.Log(run.folder, run.name, run.step)
         while run.step < iterations:
             try:
                 log.add(iterate(run.step))
