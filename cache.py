@@ -52,7 +52,7 @@ class ResidualMLP(nn.Module):
 
 
 class Unchanged(nn.Module):
-    """In place of f: Δ0 as it is. The student alone is to learn to live with it."""
+    """In place of f: Δ0 as it is, without compensation (Fig. 11). The student alone is to learn to live with it."""
 
     def forward(self, image, text):
         return image, text
