@@ -136,7 +136,6 @@ ABLATIONS = {
         "Stage II without a cache: what adversarial training adds to Stage I",
         {"Stage I, 2": OURS, "Stages I and II, 2": Arm("--stage 2 --cache none"),
          "the same, true scenes as real images": Arm("--stage 2 --cache none --reference truth"),
-         "true scenes, twice as long": Arm("--stage 2 --cache none --reference truth --iterations 1000"),
          "Stage I, 4": OURS4, "Stages I and II (SFD), 4": SFD4},
         [Claim("2 steps: Stage II adds detail to Stage I", "Stages I and II, 2", "Stage I, 2", FIDELITY, -1),
          Claim("2 steps: with true scenes it does", "the same, true scenes as real images", "Stage I, 2", FIDELITY, -1),
@@ -419,7 +418,7 @@ def sheet(name, args, rows=6):
 
 
 def plot(name, seeds, out):
-    """Four measures along an ablation's axis, where matplotlib is installed."""
+    """Four measures along an ablation's axis, of the arms that were measured, where matplotlib is installed."""
     ablation = ABLATIONS[name]
     measures = {"adherence": ADHERENCE, "coverage": COVERAGE, "distance to a scene": FIDELITY,
                 "Fréchet distance": DISTANCE}
@@ -428,10 +427,12 @@ def plot(name, seeds, out):
             return
         for axes, (label, measure) in zip(figure.subplots(1, len(measures)), measures.items()):
             for curve, points in ablation.curves.items():
-                means, errors = zip(*(spread(*numbers(out, ablation.arms[arm], seeds, measure)) for arm in points))
-                axes.errorbar(points.values(), means, errors, fmt="o", capsize=3, label=curve)
-                for arm, x, mean in zip(points, points.values(), means):
-                    axes.annotate(arm, (x, mean), (4, 3), textcoords="offset points", fontsize=6)
+                found = {arm: numbers(out, ablation.arms[arm], seeds, measure) for arm in points}
+                known = {arm: spread(*values) for arm, values in found.items() if len(values[0])}
+                means, errors = zip(*known.values())
+                axes.errorbar([points[arm] for arm in known], means, errors, fmt="o", capsize=3, label=curve)
+                for arm, mean in zip(known, means):
+                    axes.annotate(arm, (points[arm], mean), (4, 3), textcoords="offset points", fontsize=6)
             axes.set(xlabel=ablation.axis, ylabel=label)
             axes.grid(alpha=0.3)
         axes.legend()

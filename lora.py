@@ -2,7 +2,8 @@
 
 alpha = r, A Gaussian, B zero. In Stage II of 1.x-Distill, on every attention and feed-forward matrix of every block; in
 Stage I, where adapters are ours, on every linear map: with those of Stage II alone the student falls behind
-(README.md). The network with adapters shares all its other weights with the one it is made from, which stays as it is.
+(docs/experiments.md). The network with adapters shares all its other weights with the one it is made from, which stays
+as it is.
 """
 
 import copy
