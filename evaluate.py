@@ -496,4 +496,4 @@ def ablate(args):
 
 
 if __name__ == "__main__":
-    commandline.run_script(main, "the same command goes on")
+    commandline.run_script(main, "give the same command again; images and runs that are finished stay")
