@@ -157,7 +157,9 @@ ABLATIONS = {
          "w = 2, gated above α = 0.9": Arm("--stage 1 --guidance 2")},
         [Claim("strong guidance and the gate are more diverse than weak guidance without", "w = 7, gated above α = 0.9",
                "w = 3, never gated", COVERAGE),
-         Claim("and follow the prompt better", "w = 7, gated above α = 0.9", "w = 3, never gated", ADHERENCE)]),
+         Claim("and follow the prompt better", "w = 7, gated above α = 0.9", "w = 3, never gated", ADHERENCE),
+         Claim("at w = 3, too, the gate brings samples closer to the truth", "w = 3, gated above α = 0.9",
+               "w = 3, never gated", DISTANCE, -1)]),
     "alpha": Ablation(
         "Where the gate lies (Fig. 9)",
         {"α = 0.5": Arm("--stage 1 --alpha 0.5"), "α = 0.8": Arm("--stage 1 --alpha 0.8"),
@@ -426,14 +428,15 @@ def plot(name, seeds, out):
     with figure_for(out / f"{name}-curve.png", size=(16, 3.5)) as figure:
         if figure is None:
             return
-        for axes, (label, measure) in zip(figure.subplots(1, len(measures)), measures.items()):
+        for axes, (title, measure) in zip(figure.subplots(1, len(measures)), measures.items()):
             for curve, points in ablation.curves.items():
                 found = {arm: numbers(out, ablation.arms[arm], seeds, measure) for arm in points}
                 known = {arm: spread(*values) for arm, values in found.items() if len(values[0])}
                 means, errors = zip(*known.values())
                 axes.errorbar([points[arm] for arm in known], means, errors, fmt="o", capsize=3, label=curve)
                 for arm, mean in zip(known, means):
-                    axes.annotate(arm, (points[arm], mean), (4, 3), textcoords="offset points", fontsize=6)
-            axes.set(xlabel=ablation.axis, ylabel=label)
+                    label = re.sub(" (plain|co-trained)$", "", arm)  # as the legend has it
+                    axes.annotate(label, (points[arm], mean), (4, 3), textcoords="offset points", fontsize=6)
+            axes.set(xlabel=ablation.axis, ylabel=title)
             axes.grid(alpha=0.3)
         axes.legend()
