@@ -30,13 +30,15 @@ README = {  # {label of an arm: as it is called there, and its evaluations}
     "TDM, 2": "TDM: `--alpha 1 --density uniform` | 2",
     "ours, 2": "**ours, Stage I: `train.py --stage 1`** | 2",
     "plain re-use": "the same, blocks 2–5 re-used as they are | 1.67",
-    "ours, 1.67": "**ours, Stage II: `train.py --stage 2`** | 1.67"}
+    "ours, 1.67": "**ours, Stage II: `train.py --stage 2`** | 1.67",
+    "1 step": "ours, Stage I: `train.py --stage 1 --steps 1` | 1"}
 
 
 def table(name, measured=HERE / "ablations"):
     """Markdown, of the README or of an ablation: a row for each measured arm, mean ± standard deviation over seeds."""
     chosen = name == "README"
-    arms = ABLATIONS["headline"].arms | ABLATIONS["cache"].arms if chosen else ABLATIONS[name].arms
+    arms = ABLATIONS[name].arms if not chosen else {
+        label: arm for one in ("headline", "cache", "frontier") for label, arm in ABLATIONS[one].arms.items()}
     lines = [f"| | {'evaluations | ' if chosen else ''}seeds | {' | '.join(COLUMNS)} |",
              "|" + "---|" * (2 + chosen + len(COLUMNS))]
     for label in README if chosen else arms:
