@@ -398,7 +398,6 @@ HEAD_OF_CLAIMS = ("| claim | measure | difference | p, corrected | verdict | in 
 def row_of_claim(claim, mean, half, p, there):
     """there: mean difference and half interval in the paper's own measure, the distance to the teacher, or None."""
     measure = " ".join(claim.measure).replace("distribution ", "").replace(" mean", "")
-
     digits = 4 if claim.measure == FIDELITY else 3
 
     def shown(mean, half):
