@@ -75,7 +75,7 @@ def filled(text):
 if __name__ == "__main__":
     for file in (HERE.parent / "README.md", HERE / "experiments.md"):
         file.write_text(filled(file.read_text()))
-    head = "`python evaluate.py ablate`, so far; 1,024 captions, 128 images a prompt; a core of an Intel Xeon a run, bf16."
+    head = "`python evaluate.py ablate`, so far; 1,024 captions, 128 images a prompt; an Intel Xeon core a run, bf16."
     report = ablations.report(list(ABLATIONS), None, HERE / "ablations")
     weights.write_text(HERE / "ablations" / "ablate.md", f"{head}\n\n{report}")
     ablations.plot("frontier", 5, HERE / "ablations")
