@@ -234,7 +234,7 @@ def seeds_of(name, wanted):
 
 def arithmetic(args):
     """That of a training run of the tiny preset."""
-    return Arithmetic(args.device, DTYPES[args.dtype], short=True)
+    return Arithmetic(args.device, DTYPES[args.dtype])
 
 
 def open_arm(arm, seed, args):

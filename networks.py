@@ -1,11 +1,9 @@
 """The networks of a training run: which of them learn, how their weights are held, in what arithmetic they run."""
 
-import contextlib
 import math
 from typing import NamedTuple
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import parallel
 from lora import add_lora, merge_lora
@@ -17,23 +15,12 @@ class Arithmetic(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    short: bool = False     # sequences of some tens of tokens
 
     def passes(self):
         """The context of forward passes."""
-        stack = contextlib.ExitStack()
         # no cache of weights in bf16: it would be a second copy of each network, without gradient if made without
-        stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16,
-                                           cache_enabled=False))
-        stack.enter_context(self.backward())
-        return stack
-
-    def backward(self):
-        """The context of the backward pass: the attention kernel, for blocks that run again.
-
-        On a CPU, a short sequence's backward pass takes a third of the time of the flash kernel's.
-        """
-        return sdpa_kernel(SDPBackend.MATH) if self.short and self.device.type == "cpu" else contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16,
+                              cache_enabled=False)
 
 
 def fast_bf16(device):

@@ -145,7 +145,7 @@ class CachedText:
     """
 
     def __init__(self, folder, model, arithmetic):
-        self.model, (self.device, self.dtype, _) = weights.find_model(model), arithmetic
+        self.model, (self.device, self.dtype) = weights.find_model(model), arithmetic
         self.folder = Path(folder) / f"{Path(model).name}-{weights.identity(model, self.dtype)}"
 
     def __call__(self, prompts):

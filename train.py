@@ -180,7 +180,7 @@ def run_folder(preset, stage, steps=None):
 def main():
     args = parse_arguments()
     args.device = parallel.start(args.device)
-    args.arithmetic = Arithmetic(args.device, DTYPES[args.dtype], short=args.preset == "tiny")
+    args.arithmetic = Arithmetic(args.device, DTYPES[args.dtype])
     with weights.alone_in(args.out) if parallel.is_first() else contextlib.nullcontext():
         {0: stage0, 1: stage1, 2: stage2}[args.stage](args)
     parallel.stop()
@@ -476,8 +476,7 @@ def accumulate(args, losses_of, parts):
     for part in parts:
         with args.arithmetic.passes():
             losses = losses_of(part)
-        with args.arithmetic.backward():  # for blocks that run again
-            (sum(loss for loss in losses.values() if loss.requires_grad) / len(parts)).backward()
+        (sum(loss for loss in losses.values() if loss.requires_grad) / len(parts)).backward()
         for name, value in losses.items():
             means[name] = means.get(name, 0) + value.detach() / len(parts)
     return means

@@ -17,7 +17,7 @@ from commandline import UserError
 from networks import Arithmetic
 from pipeline import TINY, Sampler, decode, generate, load_pipeline
 
-FP32 = Arithmetic(torch.device("cpu"), torch.float32, short=True)
+FP32 = Arithmetic(torch.device("cpu"), torch.float32)
 
 
 def loop(name, networks, optimizer, iterate, iterations):
