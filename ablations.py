@@ -52,7 +52,7 @@ class Ablation(NamedTuple):
     claims: list
     axis: str = ""          # of a plot: what x is,
     curves: dict = {}       # and {curve: {arm: x}}
-    seeds: int = 3          # training runs of each kind; five for the claims that the paper stands on
+    seeds: int = 3          # training runs of each kind; more for the claims that the paper stands on
 
 
 COVERAGE, ADHERENCE, FIDELITY = ("coverage", "mean"), ("adherence", "mean"), ("fidelity", "mean")
@@ -93,17 +93,16 @@ def some(arms, names):
 
 ABLATIONS = {
     "gate": Ablation(
-        "Guidance gate (Fig. 2, 8)",
-        {"gated above α = 0.9": OURS, "never gated": ALWAYS},
-        [Claim("the gate keeps diversity", "gated above α = 0.9", "never gated", COVERAGE),
-         Claim("the gate brings samples closer to the truth", "gated above α = 0.9", "never gated", DISTANCE, -1)],
-        seeds=5),
-    "sampling": Ablation(
-        "Importance sampling of noise levels (Fig. 4)",
-        {"importance (c)": OURS, "uniform": Arm("--stage 1 --density uniform")},
-        [Claim("importance sampling brings samples closer to the truth", "importance (c)", "uniform", DISTANCE, -1),
-         Claim("and brings detail", "importance (c)", "uniform", FIDELITY, -1)],
-        seeds=5),
+        "Guidance gate and importance sampling, with and without (Fig. 2, 4, 8)",
+        {"both: ours": OURS, "the gate alone": Arm("--stage 1 --density uniform"),
+         "importance sampling alone": ALWAYS, "neither: TDM": TDM},
+        [Claim("the gate keeps diversity", "both: ours", "importance sampling alone", COVERAGE),
+         Claim("the gate brings samples closer to the truth", "both: ours", "importance sampling alone", DISTANCE, -1),
+         Claim("importance sampling brings samples closer to the truth", "both: ours", "the gate alone", DISTANCE, -1),
+         Claim("and brings detail", "both: ours", "the gate alone", FIDELITY, -1),
+         Claim("both are more diverse than TDM", "both: ours", "neither: TDM", COVERAGE),
+         Claim("both are closer to the truth than TDM", "both: ours", "neither: TDM", DISTANCE, -1)],
+        seeds=10),
     "headline": Ablation(
         "Few-step students side by side",
         {"true scenes, autoencoded": FLOOR,
@@ -111,9 +110,7 @@ ABLATIONS = {
          "teacher, 28 × 2, w = 7": Arm(options="steps=28,guidance=7"),
          "DMD, 4": DMD4, "TDM, 4": TDM4, "ours, 4, Stage I": OURS4, "ours, 4 (SFD)": SFD4,
          "DMD, 2": DMD, "TDM, 2": TDM, "ours, 2": OURS, "ours, 1.67": STAGE2},
-        [Claim("2 steps: ours is more diverse than TDM", "ours, 2", "TDM, 2", COVERAGE),
-         Claim("2 steps: ours is closer to the truth than TDM", "ours, 2", "TDM, 2", DISTANCE, -1),
-         Claim("2 steps: ours is closer to the truth than DMD", "ours, 2", "DMD, 2", DISTANCE, -1),
+        [Claim("2 steps: ours is closer to the truth than DMD", "ours, 2", "DMD, 2", DISTANCE, -1),
          Claim("4 steps: Stage I is closer to the truth than TDM", "ours, 4, Stage I", "TDM, 4", DISTANCE, -1),
          Claim("4 steps: both stages are closer to the truth than DMD", "ours, 4 (SFD)", "DMD, 4", DISTANCE, -1),
          Claim("ours at 1.67 is closer to the truth than TDM at 2", "ours, 1.67", "TDM, 2", DISTANCE, -1),
@@ -299,23 +296,22 @@ def measured_file(out, arm, seed):
 
 # ------------------------------------------------------------------------------------------------------------ report
 
-def numbers(out, arm, seeds, measure):
-    """A measure of an arm, seed by seed, (n,), and the standard error of the first, which serves where it is alone."""
-    group, name = measure
-    files = [file for file in (measured_file(out, arm, seed) for seed in range(seeds)) if file.exists()]
-    pairs = np.array([json.loads(file.read_text())[group][name] for file in files]).reshape(-1, 2)
-    return pairs[:, 0], pairs[:1, 1].sum()
+def numbers(out, arm, measure):
+    """A measure of an arm, of all seeds that were measured -> {seed: (value, its standard error by bootstrap)}."""
+    files, (group, name) = measured_file(out, arm, "*"), measure
+    return {int(file.stem.rpartition("seed")[2]): json.loads(file.read_text())[group][name]
+            for file in files.parent.glob(files.name)}
 
 
-def spread(values, error):
-    """Mean and standard deviation over seeds; of a single one, the standard error by bootstrap."""
-    return values.mean(), values.std(ddof=1) if len(values) > 1 else error
+def spread(found):
+    """Mean and standard deviation over seeds, of `numbers`; of a single one, its standard error."""
+    values, errors = np.array([*found.values()]).T
+    return values.mean(), values.std(ddof=1) if len(values) > 1 else errors[0]
 
 
 def difference(above, below, sign):
     """Of the same seeds, (n,) and (n,): mean difference, half its 95 % t-interval, and its p (Student's, two-sided)."""
-    n = min(len(above), len(below))
-    found = sign * (above[:n] - below[:n])
+    found, n = sign * (above - below), len(above)
     if n < 2:
         return found.mean() if n else float("nan"), float("nan"), 1.0
     error = found.std(ddof=1) / n**0.5
@@ -335,13 +331,14 @@ def verdict(mean, p):
     return "undecided" if p >= 0.05 else "reproduced" if mean > 0 else "not reproduced"
 
 
-def judged(names, seeds, out):
+def judged(names, out):
     """{(ablation, claim): (mean difference, half its interval, p corrected for their number, the first two in the
-    distance to the teacher, or None)}, of the claims whose arms were measured. Of one seed, p is 1. seeds: see report.
+    distance to the teacher, or None)}, of the claims whose arms were measured. Of one seed, p is 1.
     """
     def measured(name, claim, measure):
-        return difference(*(numbers(out, ABLATIONS[name].arms[arm], seeds_of(name, seeds), measure)[0]
-                            for arm in (claim.above, claim.below)), claim.sign)
+        above, below = (numbers(out, ABLATIONS[name].arms[arm], measure) for arm in (claim.above, claim.below))
+        seeds = above.keys() & below.keys()
+        return difference(*(np.array([found[seed][0] for seed in seeds]) for found in (above, below)), claim.sign)
 
     found = {(name, claim): measured(name, claim, claim.measure) for name in names for claim in ABLATIONS[name].claims}
     found = {key: values for key, values in found.items() if not math.isnan(values[0])}
@@ -352,23 +349,20 @@ def judged(names, seeds, out):
             for (name, claim), (mean, half, _) in found.items()}
 
 
-def report(names, seeds, out):
-    """Markdown: for each ablation a table of its arms, one of its claims, and what pictures there are.
-
-    seeds: how many, or None: each ablation's own.
-    """
-    found = judged(names, seeds, out)
+def report(names, out):
+    """Markdown: for each ablation a table of its arms, one of its claims, and what pictures there are."""
+    found = judged(names, out)
     rows = {name: [row_of_claim(claim, *values) for (owner, claim), values in found.items() if owner == name]
             for name in names}
     tested = sum(not math.isnan(half) for _, half, *_ in found.values())
     lines = [f"A claim is reproduced, or not, where its p is below 0.05, corrected for their number, {tested} "
              "(Holm); else it is undecided. Differences have their own 95 % intervals.", ""]
-    took = sum(numbers(out, arm, seeds_of(name, seeds), ("took", "minutes"))[0].sum()
-               for arm, name in {arm: name for name in names for arm in ABLATIONS[name].arms.values()}.items())
+    took = sum(minutes for arm in {arm for name in names for arm in ABLATIONS[name].arms.values()}
+               for minutes, _ in numbers(out, arm, ("took", "minutes")).values())
     lines[0] += f" All of it took {took / 60:.1f} hours of one process."
     for name in names:
         ablation = ABLATIONS[name]
-        lines += [f"### {ablation.title}", "", *table_of_arms(ablation, seeds_of(name, seeds), out), "",
+        lines += [f"### {ablation.title}", "", *table_of_arms(ablation, out), "",
                   *HEAD_OF_CLAIMS, *rows[name], ""]
         for picture in (f"{name}.png", f"{name}-curve.png"):
             if (out / picture).exists():
@@ -376,15 +370,15 @@ def report(names, seeds, out):
     return "\n".join(lines)
 
 
-def table_of_arms(ablation, seeds, out):
+def table_of_arms(ablation, out):
     lines = [f"| arm | seeds | {' | '.join(COLUMNS)} |", "|" + "---|" * (2 + len(COLUMNS))]
     for label, arm in ablation.arms.items():
-        found = {column: numbers(out, arm, seeds, measure) for column, measure in COLUMNS.items()}
-        measured = len(found["adherence"][0])
+        found = {column: numbers(out, arm, measure) for column, measure in COLUMNS.items()}
+        measured = len(found["adherence"])
         if measured:
             cells = []
             for column in COLUMNS:
-                mean, deviation = spread(*found[column])
+                mean, deviation = spread(found[column])
                 digits = 1 if "distance" in column else 4 if column == "fidelity" else 3
                 cells.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}")
             lines.append(f"| {label} | {measured} | {' | '.join(cells)} |")
@@ -419,7 +413,7 @@ def sheet(name, args, rows=6):
     write_picture(contact_sheet(images, prompts, headings), args.out / f"{name}.png")
 
 
-def plot(name, seeds, out):
+def plot(name, out):
     """Four measures along an ablation's axis, of the arms that were measured, where matplotlib is installed."""
     ablation = ABLATIONS[name]
     measures = {"adherence": ADHERENCE, "coverage": COVERAGE, "distance to a scene": FIDELITY,
@@ -429,8 +423,8 @@ def plot(name, seeds, out):
             return
         for axes, (title, measure) in zip(figure.subplots(1, len(measures)), measures.items()):
             for curve, points in ablation.curves.items():
-                found = {arm: numbers(out, ablation.arms[arm], seeds, measure) for arm in points}
-                known = {arm: spread(*values) for arm, values in found.items() if len(values[0])}
+                found = {arm: numbers(out, ablation.arms[arm], measure) for arm in points}
+                known = {arm: spread(values) for arm, values in found.items() if values}
                 means, errors = zip(*known.values())
                 axes.errorbar([points[arm] for arm in known], means, errors, fmt="o", capsize=3, label=curve)
                 for arm, mean in zip(known, means):

@@ -482,7 +482,7 @@ def ablate(args):
     header = f"`{command}`; {sizes}; {costs.machine(args.device)}, {args.dtype}.\n\n"
 
     def write():
-        text = header + ablations.report(names, args.seeds, args.out)
+        text = header + ablations.report(names, args.out)
         weights.write_text(args.out / "ablate.md", text)
         return text
 
@@ -491,7 +491,7 @@ def ablate(args):
     for name in names:
         ablations.sheet(name, args)
         if ablations.ABLATIONS[name].curves:
-            ablations.plot(name, ablations.seeds_of(name, args.seeds), args.out)
+            ablations.plot(name, args.out)
     print(write())
 
 

@@ -46,12 +46,12 @@ def table(name, measured=HERE / "ablations"):
     for label in README if chosen else arms:
         cells = [README[label] if chosen else label, ""]
         for measure, digits in COLUMNS.values():
-            values, error = ablations.numbers(measured, arms[label], 5, measure)
-            if len(values):
-                mean, deviation = ablations.spread(values, error)
-                spread = f" ± {deviation:.{digits}f}" if len(values) > 1 else ""
+            found = ablations.numbers(measured, arms[label], measure)
+            if found:
+                mean, deviation = ablations.spread(found)
+                spread = f" ± {deviation:.{digits}f}" if len(found) > 1 else ""
                 cells.append(f"{mean:.{digits}f}{spread}")
-                cells[1] = str(len(values)) if arms[label].train else ""
+                cells[1] = str(len(found)) if arms[label].train else ""
         if len(cells) > 2:
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -59,7 +59,7 @@ def table(name, measured=HERE / "ablations"):
 
 def claims(measured=HERE / "ablations"):
     """Markdown: all claims whose arms were measured."""
-    found = ablations.judged(list(ABLATIONS), None, measured)
+    found = ablations.judged(list(ABLATIONS), measured)
     return "\n".join([*ablations.HEAD_OF_CLAIMS, *(ablations.row_of_claim(claim, *values)
                                                    for (_, claim), values in found.items())])
 
@@ -76,6 +76,6 @@ if __name__ == "__main__":
     for file in (HERE.parent / "README.md", HERE / "experiments.md"):
         file.write_text(filled(file.read_text()))
     head = "`python evaluate.py ablate`, so far; 1,024 captions, 128 images a prompt; an Intel Xeon core a run, bf16."
-    report = ablations.report(list(ABLATIONS), None, HERE / "ablations")
+    report = ablations.report(list(ABLATIONS), HERE / "ablations")
     weights.write_text(HERE / "ablations" / "ablate.md", f"{head}\n\n{report}")
-    ablations.plot("frontier", 5, HERE / "ablations")
+    ablations.plot("frontier", HERE / "ablations")

@@ -132,6 +132,6 @@ def test_differences_are_reported_in_the_units_of_the_measure(tmp_path):
             weights.write_json(ablations.measured_file(tmp_path, arm, seed), found)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablations, "ABLATIONS", {"t": ablation})
-        report = ablations.report(["t"], 3, tmp_path)
+        report = ablations.report(["t"], tmp_path)
     assert "| closer | Fréchet distance | -21.000 ± 2.484 | 0.001 | reproduced | -21.000 ± 2.484, agrees |" in report
     assert "took 3.0 hours" in report and "| a | 3 |" in report and "| 11.0 ± 1.0 |" in report
