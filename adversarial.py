@@ -42,7 +42,7 @@ def generator_losses(student, cache, noise, nodes, cond, decode, discriminator=N
                      feature_weight=0.0):
     """The generator's turn (Sec. 3.3): its image is to convince -> {name: loss}, for the terms that are wanted.
 
-    student, cache           trained: all weights but the cached blocks', and the compensator (Cache, or None)
+    student, cache           adapters or all weights, but for the cached blocks'; and the compensator (Cache, or None)
     noise, nodes, cond       (B, C, H, W); σ_0 … σ_n; (context, pooled)
     decode                   latents -> images (B, 3, H, W) in [-1, 1], with gradient: the frozen autoencoder's
     discriminator            images -> logits, one tensor a level; None: no adversarial loss
@@ -134,7 +134,7 @@ def output_distillation(later_steps):
 
 
 def feature_distillation(later_steps):
-    """MSE(Δ̃1, Δ1) (Fig. 13): of the *prediction* Δ̃1 = f(Δ0); the plain Δ0 has no gradient and would train nothing.
+    """MSE(Δ̃1, Δ1) (Fig. 13): of the *prediction* Δ̃1 = f(Δ0). It trains f alone: Δ0 is of the step without gradient.
 
     Summed over the two streams, mean over the steps after the first.
     """
@@ -181,7 +181,8 @@ class Heads(nn.Module):
 class BlurPool(nn.Module):
     """A blur before a stride, against aliasing (Zhang 2019): the outer product of (1, 3, 3, 1) / 8, padded with zeros.
 
-    The stride is that of the convolution behind it, which has no padding: `rim` more pixels on each side are for that.
+    The stride is that of the convolution behind it, which has no padding: `rim` more zeros on each side are for that, so
+    that a 3×3 halves a map exactly. Released, as far as is known, is none: there a map of 16 becomes one of 7.
     """
 
     def __init__(self, rim=0):

@@ -71,7 +71,7 @@ class Cache(NamedTuple):
     """Which blocks are cached, and what corrects their residual."""
 
     blocks: tuple                           # (a, b): the first and the last, counted from 0
-    compensator: nn.Module = None           # None: plain re-use
+    compensator: nn.Module = Unchanged()    # that is, plain re-use
 
 
 CORRECTIONS = {"mlp": Compensator, "none": Unchanged, "prune": Pruned}
@@ -103,7 +103,7 @@ class CachedSteps:
             velocity, self.residual = self.model(x, sigma, context, pooled, blocks)
             return velocity
         if self.correction is None:  # not in the first call, which training makes without gradient
-            self.correction = f(*self.residual) if f is not None else self.residual
+            self.correction = f(*self.residual)
         return self.model(x, sigma, context, pooled, blocks, self.correction)
 
 

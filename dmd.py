@@ -140,7 +140,7 @@ def step_windows(n, shift, whole=False):
 
     `whole`: every step goes to σ = 0 at once and is compared at all levels, which is DMD without TDM's windows.
     """
-    grid, index = flow.teacher_grid(shift), flow.student_nodes(n, shift)
+    grid, index = flow.teacher_grid(shift), flow.student_indices(n, shift)
     nodes, start, stop = grid[index], index[:-1], index[1:]
     if whole:
         return Windows(nodes, torch.zeros(n), grid, torch.zeros_like(start), torch.full_like(stop, flow.GRID_STEPS))

@@ -2,8 +2,8 @@
 seeing the sample, would have told it.
 
 Above, the student's clean estimate at each step, with all blocks, with re-used ones, and with corrected ones. Below,
-the sample is noised up to some levels, as in Stage I: what the teacher, the guided teacher and the fake score each take
-it for, and the direction along which the student would be moved.
+the sample is noised up to some levels, as in Stage I with its windows: what the teacher, the guided teacher and the fake
+score each take it for, and the direction along which the student would be moved.
 """
 
 import torch
@@ -11,7 +11,7 @@ from PIL import Image
 
 import dmd
 import flow
-from cache import Cache, CachedSteps
+from cache import Cache, CachedSteps, Compensator, Pruned
 from pictures import contact_sheet
 from pipeline import decode
 
@@ -26,9 +26,11 @@ def explain(student, teacher, fake, prompt, seed):
     cond, uncond = student.text([prompt]), student.text([""])
     ways = {"all blocks": None}
     if student.cache:
-        first, last = student.cache.blocks
-        ways |= {f"blocks {first}-{last} re-used": Cache(student.cache.blocks),
-                 f"blocks {first}-{last} corrected": student.cache}
+        blocks = "blocks {}-{}".format(*student.cache.blocks)
+        ways[f"{blocks} re-used"] = Cache(student.cache.blocks)
+        correction = {Compensator: "corrected", Pruned: "left out"}.get(type(student.cache.compensator))
+        if correction:
+            ways[f"{blocks} {correction}"] = student.cache
     runs = [clean_estimates(student.mmdit, cache, noise, nodes, cond) for cache in ways.values()]
     above = contact_sheet(decode(student, torch.cat([x0 for run in runs for x0 in run])), list(ways),
                           [f"step {k + 1}: sigma {sigma:.2f}" for k, sigma in enumerate(nodes[:-1])])

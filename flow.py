@@ -29,7 +29,7 @@ def teacher_grid(shift):
     return shift_sigma(torch.linspace(1, 0, GRID_STEPS + 1, dtype=torch.float64), shift).float()
 
 
-def student_nodes(n, shift):
+def student_indices(n, shift):
     """Positions of the student's nodes in the teacher grid: σ(linspace(1, 0, n+1)), snapped. Returns int64 (n+1,)."""
     if n < 1:
         raise ValueError(f"a sampler needs at least one step, not {n}")
@@ -39,7 +39,7 @@ def student_nodes(n, shift):
 
 def student_sigmas(n, shift):
     """The student's nodes σ_0 = 1 > σ_1 > … > σ_n = 0; for n = 2, shift = 3: [1, 0.75, 0]. Returns float32 (n+1,)."""
-    return teacher_grid(shift)[student_nodes(n, shift)]
+    return teacher_grid(shift)[student_indices(n, shift)]
 
 
 def sd3_sigmas(n, shift):

@@ -1,7 +1,7 @@
 """The SD3 transformer (MMDiT): latents, a noise level and text in, a velocity out.
 
 Source: Esser et al. 2024 (SD3), Sec. 4, Fig. 2; QK norm and dual attention as in SD3.5. One class serves SD3-Medium,
-SD3.5-Medium (dual attention in its first blocks), SD3.5-Large (QK norm) and the tiny SD3 of this repository.
+SD3.5-Large (QK norm), SD3.5-Medium (dual attention in its first blocks, too) and the tiny SD3 of this repository.
 
 Image tokens and text tokens run through two streams of weights, `x_block` and `context_block`, that meet only in the
 attention, where every token sees all tokens of both. The condition (noise level and pooled text) shifts, scales and

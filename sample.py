@@ -54,7 +54,7 @@ def main():
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     sampler = open_sampler(args.model, device, dtype)
     if args.explain:
-        print(draw_explanation(args, sampler.pipeline, prompts, device, dtype))
+        print(draw_explanation(args, sampler, prompts, device, dtype))
         return
     given = {name: value for name in ("steps", "guidance") if (value := getattr(args, name)) is not None}
     sampler.options.update(given, size=args.size, negative=args.negative, progress=True)
@@ -66,16 +66,22 @@ def main():
         print(path)
 
 
-def draw_explanation(args, student, prompts, device, dtype):
+def draw_explanation(args, sampler, prompts, device, dtype):
     """Write the picture of explain.py; returns its path."""
+    student = sampler.pipeline
     if len(prompts) > 1 or args.count > 1:
         raise UserError("--explain is for one prompt and one seed")
+    if args.steps or args.guidance is not None or args.size or args.negative or sampler.options:
+        raise UserError("--explain shows a student as it samples by itself: leave out steps, guidance, size, shift and "
+                        "negative prompt")
     if student.carried("sigmas") is None:
         raise UserError(f"{args.model}: --explain is for a student, which carries noise levels of its own")
     fake = fake_folder(split_model(args.model)[0])
     if not fake.exists():
         print(f"note: {args.model} has no fake score, which Stage I leaves: the sheet is without", file=sys.stderr)
     teacher = load_pipeline(args.teacher, device, dtype, text=student.text)
+    if teacher.latent_shape() != student.latent_shape():
+        raise UserError(f"{args.teacher} has other latents than {args.model}: name its teacher with --teacher")
     picture = explain.explain(student, teacher, load_mmdit(fake, device, dtype) if fake.exists() else None, prompts[0],
                               args.seed)
     return write_picture(picture, sheet_path(args.out))

@@ -44,7 +44,7 @@ class TextEncoders(nn.Module):
         return self.context_width, self.clip_l.config.projection_dim + self.clip_g.config.projection_dim
 
     def forward(self, prompts):
-        """A list of B prompts -> context (B, 77 + 256, D), pooled (B, P)."""
+        """A list of B prompts -> context (B, 77 + 256, D), pooled (B, P). The tiny SD3 has 14 + 13 tokens."""
         l_tokens, l_pooled = self.encode_clip(self.clip_l, self.tokenizers[0], prompts)  # (B, 77, D_L), (B, P_L)
         g_tokens, g_pooled = self.encode_clip(self.clip_g, self.tokenizers[1], prompts)  # (B, 77, D_G), (B, P_G)
         clip = torch.cat([l_tokens, g_tokens], dim=2)                                    # (B, 77, D_L + D_G)

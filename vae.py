@@ -1,5 +1,7 @@
 """The SD3 autoencoder: images to latents of 16 channels, eight times smaller, and back. Differentiable both ways.
 
+Shapes below are those of SD3; the tiny SD3 of this repository has 4 channels, and latents four times smaller.
+
 Source: Rombach et al. 2022 (latent diffusion), Sec. 3.1; 16 channels as in Esser et al. 2024 (SD3), Sec. 5.2.1.
 Parameter names are those of Stability's files; weights.py translates the diffusers names.
 """

@@ -39,6 +39,11 @@ def test_only_one_sample_of_a_student_is_explained(draw, two_steps):
         draw(pipeline.TINY)
     with pytest.raises(UserError, match="one prompt and one seed"):
         draw(two_steps, "--count", 2)
+    for words in (["--guidance", 2], ["--steps", 4]):
+        with pytest.raises(UserError, match="leave out"):
+            draw(two_steps, *words)
+    with pytest.raises(UserError, match="leave out"):
+        draw(f"{two_steps}@shift=2")
 
 
 def test_the_last_clean_estimate_is_the_sample_also_with_a_cache(two_steps):

@@ -14,7 +14,7 @@ def test_student_sigmas_are_the_papers_nodes():
 
 @pytest.mark.parametrize("n, shift", [(1, 3.0), (3, 3.0), (7, 2.5), (8, 1.0)])
 def test_student_sigmas_lie_on_the_teacher_grid_within_half_a_node(n, shift):
-    grid, nodes = flow.teacher_grid(shift), flow.student_nodes(n, shift)
+    grid, nodes = flow.teacher_grid(shift), flow.student_indices(n, shift)
     assert torch.equal(flow.student_sigmas(n, shift), grid[nodes])
     assert (nodes - torch.linspace(0, 1000, n + 1)).abs().max() <= 1
 

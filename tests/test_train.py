@@ -126,10 +126,25 @@ def test_the_log_has_the_mean_of_all_iterations_since_the_line_before(tmp_path):
     assert log_steps(tmp_path) == [3, 5]
 
 
-@pytest.mark.parametrize("words", [["--alpha", 0.5], ["--seed", 1]], ids=str)
-def test_resuming_with_other_settings_is_refused(two_steps, words):
-    with pytest.raises(UserError, match="other settings"):
+@pytest.mark.parametrize("words, change", [(["--alpha", 0.5], "alpha 0.9, now 0.5"), (["--seed", 1], "seed 0, now 1")])
+def test_resuming_with_other_settings_is_refused(two_steps, words, change):
+    with pytest.raises(UserError, match=f"other settings .{change}.;"):
         stage1(two_steps, "--iterations", 3, "--resume", *words)
+
+
+def test_a_model_is_not_overwritten_by_resuming_a_run_that_never_was_there(two_steps, tmp_path):
+    run = shutil.copytree(two_steps, tmp_path / "run")
+
+    def resume(stage):
+        args = train.parse_arguments(["--stage", stage, "--out", str(run), "--resume"])
+        args.student = args.reference = str(two_steps)
+        train.Run(args, f"stage {stage}", {}, {}).restore()
+
+    with pytest.raises(UserError, match="other settings .of stage 1, now stage 2"):
+        resume("2")
+    (run / "state.json").unlink()
+    with pytest.raises(UserError, match="holds a model, but no run"):
+        resume("1")
 
 
 def test_resuming_with_a_prompt_file_that_was_changed_is_refused_and_one_that_moved_is_not(tmp_path):
