@@ -57,11 +57,12 @@ class Ablation(NamedTuple):
 
 COVERAGE, ADHERENCE, FIDELITY = ("coverage", "mean"), ("adherence", "mean"), ("fidelity", "mean")
 DISTANCE, TO_TEACHER = ("distribution", "Fréchet distance"), ("distribution", "to the teacher")
-COLUMNS = {
-    "adherence": ADHERENCE, "whole prompt": ("adherence", "whole prompt"), "coverage": COVERAGE,
-    "Fréchet distance": DISTANCE, "distance to the teacher": TO_TEACHER,
-    **{name: ("distribution", name) for name in ("precision", "recall", "diversity")},
-    "fidelity": FIDELITY, "clean": ("fidelity", "clean"), "16-32 cycles, dB": ("spectrum", "16-32 cycles")}
+COLUMNS = {  # of a report's tables: measure, digits
+    "adherence": (ADHERENCE, 3), "whole prompt": (("adherence", "whole prompt"), 3), "coverage": (COVERAGE, 3),
+    "distance to a scene": (FIDELITY, 4), "clean": (("fidelity", "clean"), 3),
+    "16-32 cycles, dB": (("spectrum", "16-32 cycles"), 2), "Fréchet distance": (DISTANCE, 1),
+    "to the teacher": (TO_TEACHER, 1), "precision": (("distribution", "precision"), 3),
+    "recall": (("distribution", "recall"), 3), "diversity": (("distribution", "diversity"), 3)}
 
 OURS, OURS4, STAGE2 = Arm("--stage 1"), Arm("--stage 1 --steps 4"), Arm("--stage 2")
 FLOOR = Arm(options="autoencoder")  # no model: true scenes that went through the autoencoder
@@ -362,7 +363,7 @@ def report(names, out):
     lines[0] += f" All of it took {took / 60:.1f} hours of one process."
     for name in names:
         ablation = ABLATIONS[name]
-        lines += [f"### {ablation.title}", "", *table_of_arms(ablation, out), "",
+        lines += [f"### {ablation.title}", "", *table(ablation.arms, out), "",
                   *HEAD_OF_CLAIMS, *rows[name], ""]
         for picture in (f"{name}.png", f"{name}-curve.png"):
             if (out / picture).exists():
@@ -370,18 +371,18 @@ def report(names, out):
     return "\n".join(lines)
 
 
-def table_of_arms(ablation, out):
-    lines = [f"| arm | seeds | {' | '.join(COLUMNS)} |", "|" + "---|" * (2 + len(COLUMNS))]
-    for label, arm in ablation.arms.items():
-        found = {column: numbers(out, arm, measure) for column, measure in COLUMNS.items()}
-        measured = len(found["adherence"])
-        if measured:
-            cells = []
-            for column in COLUMNS:
-                mean, deviation = spread(found[column])
-                digits = 1 if "distance" in column else 4 if column == "fidelity" else 3
-                cells.append(f"{mean:.{digits}f} ± {deviation:.{digits}f}")
-            lines.append(f"| {label} | {measured} | {' | '.join(cells)} |")
+def table(arms, out, columns=COLUMNS, head=""):
+    """Markdown: a row for each arm that was measured, mean ± standard deviation over training runs."""
+    lines = [f"|{head} | seeds | {' | '.join(columns)} |", "|" + "---|" * (2 + head.count("|") + len(columns))]
+    for label, arm in arms.items():
+        found = {name: numbers(out, arm, measure) for name, (measure, _) in columns.items()}
+        runs = len(found["adherence"])
+        if runs:
+            cells = [label, str(runs) if arm.train else ""]
+            for name, (_, digits) in columns.items():
+                mean, deviation = spread(found[name])
+                cells.append(f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if runs > 1 else ""))
+            lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

@@ -181,8 +181,8 @@ class Heads(nn.Module):
 class BlurPool(nn.Module):
     """A blur before a stride, against aliasing (Zhang 2019): the outer product of (1, 3, 3, 1) / 8, padded with zeros.
 
-    The stride is that of the convolution behind it, which has no padding: `rim` more zeros on each side are for that, so
-    that a 3×3 halves a map exactly. Released, as far as is known, is none: there a map of 16 becomes one of 7.
+    The stride is that of the convolution behind it, which has no padding: `rim` more zeros on each side are for that,
+    so that a 3×3 halves a map exactly. Released, as far as is known, is none: there a map of 16 becomes one of 7.
     """
 
     def __init__(self, rim=0):

@@ -5,7 +5,6 @@ import contextlib
 import math
 import signal
 import sys
-import textwrap
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ def run_script(main, *going_on):
     try:
         main()
     except UserError as error:
-        print("error:", textwrap.shorten(str(error), 2000), file=sys.stderr)
+        print("error:", one_line(str(error), 2000), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print("; ".join([*(stop.args or ["stopped"]), *going_on]), file=sys.stderr)

@@ -42,7 +42,7 @@ def sampling_cost(sampler):
     """What an image takes, {of what: (value, 0)}, as shapes.measure has it. Operations are the transformer's."""
     pipeline, options = sampler
     _, h, w = pipeline.latent_shape()
-    steps = len(pipeline.sigmas(options.get("steps"), options.get("shift"))) - 1
+    steps = len(pipeline.sigmas(options.get("steps"))) - 1
     guided = options.get("guidance", pipeline.guidance()) > 1
     depth, tokens = len(pipeline.mmdit.joint_blocks), pipeline.text([""])[0].shape[1]
     blocks = pipeline.cache.blocks if pipeline.cache else None
@@ -152,12 +152,6 @@ def cached_blocks(depth):
 
 # ------------------------------------------------------------------------------------ official sizes, random weights
 
-def new_mmdit(preset, depth):
-    """A transformer of an official width, `depth` blocks deep."""
-    blocks, more = SIZES[preset]
-    return MMDiT(depth=depth, width=64 * blocks, heads=blocks, context_dim=4096, pooled_dim=2048, **more)
-
-
 @torch.no_grad()
 def random_pipeline(preset, depth, device, dtype):
     """All of an SD3 in its true size, with random weights: `depth` blocks, and no text encoder of more layers."""
@@ -170,8 +164,10 @@ def random_pipeline(preset, depth, device, dtype):
              for tokenizer, (width, layers, heads, activation) in zip(tokenizers, CLIPS)]
     t5 = random_encoder(T5EncoderModel, dtype, num_layers=min(depth, T5_LAYERS), **T5)
     text = TextEncoders(*clips, t5, tokenizers, T5["d_model"]).to(device)
+    blocks, more = SIZES[preset]
     with torch.device("meta"):
-        mmdit, vae = new_mmdit(preset, depth), VAE()
+        mmdit = MMDiT(depth=depth, width=64 * blocks, heads=blocks, context_dim=4096, pooled_dim=2048, **more)
+        vae = VAE()
     for network in (mmdit, vae):
         network.to(dtype).to_empty(device=device)
         for parameter in network.parameters():

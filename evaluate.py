@@ -7,7 +7,8 @@
     python evaluate.py swap runs/stage1 --first tiny-sd3
     python evaluate.py ablate
 
-A model is a file, a folder or a Hugging Face id; PATH@steps=4,guidance=2,shift=3,cache=1-4 says how it is sampled.
+A model is a file, a folder or a Hugging Face id; but for `speed`, PATH@steps=4,guidance=2,cache=1-4 says
+how it is sampled.
 """
 
 import hashlib
@@ -56,7 +57,7 @@ def main():
 
     one = add_command(commands, quality, "measure any number of models side by side, on the same prompts and seeds")
     one.add_argument("models", nargs="*", default=[str(TINY)], metavar="MODEL",
-                     help="PATH[@steps=…,guidance=…,shift=…,cache=…] (default: the tiny SD3)")
+                     help="PATH[@steps=…,guidance=…,cache=…] (default: the tiny SD3)")
     one.add_argument("--prompts", help="a file (default: captions of the tiny world, where the truth is known)")
     one.add_argument("--samples", type=commandline.count,
                      help="images a prompt (default: 4; in the tiny world 128, for six prompts)")
@@ -93,8 +94,8 @@ def main():
 
     three = add_command(commands, ablate, "re-run the paper's ablations in the tiny world")
     three.add_argument("--only", action="append", choices=ablations.ABLATIONS, help="may be given several times")
-    three.add_argument("--seeds", type=commandline.count, help="training runs of each kind, seeds 0, 1, … (default: 5 "
-                       "for the claims that the paper stands on, 3 for the rest)")
+    three.add_argument("--seeds", type=commandline.count, help="training runs of each kind, seeds 0, 1, … (default: 10 "
+                       "for gate and importance sampling, 5 for other claims that the paper stands on, 3 for the rest)")
 
     args = parser.parse_args()
     args.device = commandline.find_device(args.device)
@@ -358,7 +359,7 @@ def reuse(args, n=64):
     pipeline, options = open_sampler(args.model, args.device, DTYPES[args.dtype])
     prompts = read_prompts(args.prompts)[:n] if args.prompts else \
         shapes.draw_captions(n, torch.Generator().manual_seed(0))[0]
-    nodes = pipeline.sigmas(options.get("steps"), options.get("shift"))
+    nodes = pipeline.sigmas(options.get("steps"))
     if len(nodes) > 9:  # a teacher's: those of a student of two steps
         nodes = flow.student_sigmas(2, pipeline.shift)
     sums, batch = 0, pipeline.batch()
@@ -414,9 +415,10 @@ def every_range(args, pipeline, nodes, errors):
 
 def score(args):
     """Teacher, guided teacher and fake score beside the truth (truth.py), as a table and a plot."""
-    teacher, (student, _) = load_pipeline(TINY, args.device), open_sampler(args.model, args.device)
+    dtype = DTYPES[args.dtype]
+    teacher, (student, _) = load_pipeline(TINY, args.device, dtype), open_sampler(args.model, args.device, dtype)
     check_scenes(args.model, student)
-    fake, recipe = load_mmdit(fake_folder(args.model), args.device), student.carried("training")
+    fake, recipe = load_mmdit(fake_folder(args.model), args.device, dtype), student.carried("training")
     found = truth.compare(teacher, student, fake, args.captions, args.pool, 16, recipe["guidance"],
                           torch.Generator().manual_seed(0))
     rows = [f"| {level:g} | {' | '.join(f'{value:.3g}' for value in row)} |"
@@ -443,7 +445,7 @@ def score(args):
 def swap(args):
     """Which attributes follow the steps up to the k-th, which those after it, for each k, as a table."""
     pipeline, options = open_sampler(args.model, args.device, DTYPES[args.dtype])
-    nodes = pipeline.sigmas(options.get("steps"), options.get("shift"))
+    nodes = pipeline.sigmas(options.get("steps"))
     check_scenes(args.model, pipeline)
     if len(nodes) < 3:
         raise UserError(f"{args.model}: makes one step; between two of them states can change hands")

@@ -2,8 +2,8 @@
 seeing the sample, would have told it.
 
 Above, the student's clean estimate at each step, with all blocks, with re-used ones, and with corrected ones. Below,
-the sample is noised up to some levels, as in Stage I with its windows: what the teacher, the guided teacher and the fake
-score each take it for, and the direction along which the student would be moved.
+the sample is noised up to some levels, as in Stage I with its windows: what the teacher, the guided teacher and the
+fake score each take it for, and the direction along which the student would be moved.
 """
 
 import torch

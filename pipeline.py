@@ -41,15 +41,14 @@ class Pipeline:
     def device(self):
         return self.mmdit.pos_embed.device
 
-    def sigmas(self, steps=None, shift=None):
+    def sigmas(self, steps=None):
         """The noise levels to sample along: a student's own nodes, or SD3's published schedule for a teacher."""
         own = self.carried("sigmas")
         if own is not None and not falling(own):
             raise UserError(f"sigmas = {weights.in_short(own)}, in the model's header, do not fall from at most 1 to 0")
-        if own and shift is None and steps in (None, len(own) - 1):
+        if own and steps in (None, len(own) - 1):
             return torch.tensor(own)
-        shift = shift or self.shift
-        return flow.student_sigmas(steps or len(own) - 1, shift) if own else flow.sd3_sigmas(steps or 28, shift)
+        return flow.student_sigmas(steps, self.shift) if own else flow.sd3_sigmas(steps or 28, self.shift)
 
     def guidance(self):
         own = self.carried("guidance")
@@ -92,14 +91,13 @@ def falling(levels):
 # -------------------------------------------------------------------------------------------------------- drawing
 
 @torch.no_grad()
-def generate(pipeline, prompts, seeds, size=None, negative="", steps=None, guidance=None, shift=None, sigmas=None,
-             progress=False):
+def generate(pipeline, prompts, seeds, size=None, negative="", steps=None, guidance=None, sigmas=None, progress=False):
     """One latent for each pair of prompt and seed, (N, C, h, w). What is None is the model's own.
 
     Raises UserError for latents that are not finite, and for a `negative` prompt that nothing reads.
     """
     shape, batch = pipeline.latent_shape(size), pipeline.batch(size)
-    sigmas = pipeline.sigmas(steps, shift) if sigmas is None else sigmas
+    sigmas = pipeline.sigmas(steps) if sigmas is None else sigmas
     guidance = pipeline.guidance() if guidance is None else guidance
     if negative and guidance <= 1:
         raise UserError(f"--negative does nothing at a guidance of {guidance:g}; leave it out, or give a --guidance "
@@ -107,25 +105,15 @@ def generate(pipeline, prompts, seeds, size=None, negative="", steps=None, guida
     if pipeline.cache is not None:
         check_blocks(pipeline.cache.blocks, len(pipeline.mmdit.joint_blocks), steps=len(sigmas) - 1)
     uncond = pipeline.text([negative]) if guidance > 1 else None
-    latents, encoded = [], {}
+    latents = []
     for i in range(0, len(prompts), batch):
-        cond, encoded = encode_once(pipeline.text, prompts[i:i + batch], encoded)
+        distinct = list(dict.fromkeys(prompts[i:i + batch]))  # images of one prompt stand side by side
+        rows = [distinct.index(prompt) for prompt in prompts[i:i + batch]]
+        cond = [part[rows] for part in pipeline.text(distinct)]
         noise = flow.initial_noise(shape, seeds[i:i + batch]).to(pipeline.device)
         part = pipeline.sample(noise, cond, uncond, sigmas, guidance, progress)
         latents.append(check_finite(part, "latents"))
     return torch.cat(latents)
-
-
-def encode_once(text, prompts, known):
-    """Context (B, L, D) and pooled (B, P) of B prompts, each distinct one encoded once, if it is not `known`.
-
-    -> both, and {prompt: its context and pooled} to be known in the next batch: images of one prompt stand side by
-    side.
-    """
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-    fresh = dict(zip(new, zip(*text(new)))) if new else {}
-    known = {prompt: fresh[prompt] if prompt in fresh else known[prompt] for prompt in prompts}
-    return [torch.stack(part) for part in zip(*(known[prompt] for prompt in prompts))], known
 
 
 @torch.no_grad()
@@ -151,15 +139,14 @@ class Sampler(NamedTuple):
     """A model, and how it is sampled."""
 
     pipeline: Pipeline
-    options: dict           # arguments of `generate`: steps, guidance, shift, sigmas
+    options: dict           # arguments of `generate`: steps, guidance, sigmas
 
     def images(self, prompts, seeds):
         """One image for each pair, (N, 3, H, W) in [-1, 1], on the CPU."""
         return decode(self.pipeline, generate(self.pipeline, list(prompts), list(seeds), **self.options))
 
 
-OPTIONS = {"steps": commandline.count, "guidance": commandline.number(0), "shift": commandline.positive,
-           "cache": commandline.blocks}
+OPTIONS = {"steps": commandline.count, "guidance": commandline.number(0), "cache": commandline.blocks}
 
 
 def split_model(text):

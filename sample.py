@@ -23,7 +23,7 @@ def main():
     parser = CommandLine(description="Sample images from an SD3 model or a distilled student.")
     add = parser.add_argument_group("what to draw").add_argument
     add("--model", default=str(TINY), help="file, folder or Hugging Face id (default: the tiny SD3); behind it "
-        "@shift=2,cache=4-7: another shift of the noise levels; blocks 4 to 7, from 0, run in the first step only")
+        "@cache=4-7: blocks 4 to 7, from 0, run in the first step only")
     add("--prompt", type=commandline.utf8, action="append", default=[], help="may be given several times")
     add("--prompts", metavar="FILE", help="prompts: .txt, .json, .jsonl, .csv or .tsv")
     add("--negative", type=commandline.utf8, default="", metavar="TEXT", help="what guidance moves away from")
@@ -72,7 +72,7 @@ def draw_explanation(args, sampler, prompts, device, dtype):
     if len(prompts) > 1 or args.count > 1:
         raise UserError("--explain is for one prompt and one seed")
     if args.steps or args.guidance is not None or args.size or args.negative or sampler.options:
-        raise UserError("--explain shows a student as it samples by itself: leave out steps, guidance, size, shift and "
+        raise UserError("--explain shows a student as it samples by itself: leave out steps, guidance, size and "
                         "negative prompt")
     if student.carried("sigmas") is None:
         raise UserError(f"{args.model}: --explain is for a student, which carries noise levels of its own")

@@ -56,7 +56,9 @@ def load_vision_model(path, device):
 
     @torch.no_grad()
     def features(pictures):
-        return model(**processor(images=pictures, return_tensors="pt").to(device)).pooler_output.float().cpu()
+        inputs = processor(images=pictures, return_tensors="pt").to(device)
+        with weights.library_errors(path, "be used as a vision model with a pooled output"):
+            return model(**inputs).pooler_output.flatten(1).float().cpu()
 
     return features
 

@@ -130,10 +130,6 @@ def draw_captions(n, generator):
     return [caption(*pair) for pair in zip(labels, named)], labels, named
 
 
-VOCABULARY = sorted({word for values in ATTRIBUTES.values() for word in values} |
-                    {"a", "shape", "on", "in", "the", "of", "background"})
-
-
 # --------------------------------------------------------------------------------------------------- recogniser
 
 class Recogniser(nn.Module):
@@ -166,11 +162,6 @@ def look(recogniser, images, batch=256):
     """images (N, 3, 64, 64) -> the recogniser's features of them (N, 128), and the values it sees, int64 (N, 6)."""
     features = torch.cat([recogniser.features(part) for part in images.split(batch)])
     return features, torch.stack([head(features).argmax(1) for head in recogniser.heads], dim=1)
-
-
-def recognise(recogniser, images):
-    """images (N, 3, 64, 64) -> the values seen, int64 (N, 6)."""
-    return look(recogniser, images)[1]
 
 
 def recogniser_file(folder):

@@ -64,7 +64,7 @@ def make(folder, seed, arithmetic, train_part):
     vae = part("vae", new_vae, vae_loss, 2e-3, seed)
     with arithmetic.passes():
         latents, _ = encode_pool(vae, 2048, seed + 2)
-    whiten(vae, latents)
+    whiten(vae, latents.to(arithmetic.device))
     vae = part("decoder", partial(decoder_of, vae), vae_loss, 2e-3, seed + 3)
     with arithmetic.passes():
         latents, labels = encode_pool(vae, POOL, seed + 1)

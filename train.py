@@ -78,8 +78,8 @@ STAGE2 = {
     "reference": (None, str, "makes the real images; default: this preset's student of twice as many steps, the one "
                   "after both stages first, else the teacher; truth: true scenes (tiny world)"),
     "backbone": ("laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup", str, "the discriminator's ConvNeXt"),
-    "cache": ((2, 9), commandline.blocks, "A-B: blocks, from 0, that only the first step runs (Fig. 12); for SD3-Medium "
-              "slow, the released 2-7, and fast, 2-9; or none"),
+    "cache": ((2, 9), commandline.blocks, "A-B: blocks, from 0, that only the first step runs (Fig. 12); slow: "
+              "SD3-Medium's released 2-7; fast: its 2-9; or none"),
     "correction": ("mlp", list(CORRECTIONS), "of the cached residual Δ0: f, an MLP; none, as it is; prune, 0 instead"),
     "objective": ("adv", OBJECTIVES, "adversarial, distillation of output or feature, or several (Fig. 13)"),
     "output_weight": (1.0, None, "of the velocity's distillation"),
@@ -400,7 +400,8 @@ class Run:
         if header is None:
             return
         if header.get("recipe") != self.recipe:
-            raise UserError(f"{self.folder}: made with other settings ({self.differences(header)}); choose another --out")
+            raise UserError(f"{self.folder}: made with other settings ({self.differences(header)}); choose another "
+                            "--out")
         if header.get("name") != self.name:  # Stage 0's part before this one
             return
         parallel.load(self.folder, self.networks, self.optimizers, self.offload)
@@ -408,7 +409,8 @@ class Run:
 
     def differences(self, header):
         """What a saved run's settings were, where they are others now, in words."""
-        was, now = weights.parse_json(header.get("recipe"), f"{self.folder}/state.json: recipe"), json.loads(self.recipe)
+        was = weights.parse_json(header.get("recipe"), f"{self.folder}/state.json: recipe")
+        now = json.loads(self.recipe)
         if not isinstance(was, dict) or was.keys() != now.keys():
             return f"of {header.get('name')}, now {self.name}"
         return "; ".join(f"{name} {was[name]}, now {now[name]}" for name in now if was[name] != now[name])

@@ -50,9 +50,9 @@ def compare(teacher, student, fake, captions, pool_size, batch, guidance, genera
         latents = shapes.true_latents(teacher.vae, (pool_size + batch) * [prompt], seeds).float()
         x0, pool = latents.split([batch, pool_size])
         cond = [part.expand(batch, *part.shape[1:]) for part in teacher.text([prompt])]
-        noise = torch.randn(x0.shape, generator=generator)
-        states, _ = dmd.rollout(student.mmdit, torch.randn(x0.shape, generator=generator), windows.nodes,
-                                torch.full((batch,), len(windows.nodes) - 1), cond)     # x_{σ_k} of all steps
+        noise, start = torch.randn(2, *x0.shape, generator=generator).to(x0.device)
+        steps = torch.full((batch,), len(windows.nodes) - 1)
+        states, _ = dmd.rollout(student.mmdit, start, windows.nodes, steps, cond)       # x_{σ_k} of all steps
         rows.append([of_level(torch.tensor(level), x0, noise, states, pool, windows, teacher.mmdit, fake, cond, uncond,
                               guidance) for level in LEVELS])
     means = {name: torch.tensor([[level[name] for level in row] for row in rows]).mean(0) for name in rows[0][0]}
@@ -105,7 +105,7 @@ def swapped(pipeline, recogniser, nodes, k, n=512, seed=0):
     cond, other_cond = pipeline.text(one), pipeline.text(two)
 
     def look(x, cond):
-        return shapes.recognise(recogniser, decode(pipeline, flow.sample(pipeline.mmdit, x, nodes[k:], cond)))
+        return shapes.look(recogniser, decode(pipeline, flow.sample(pipeline.mmdit, x, nodes[k:], cond)))[1]
 
     before = flow.sample(pipeline.mmdit, noise, nodes[:k], cond)                        # x_{σ_{k-1}}
     x = flow.sample(pipeline.mmdit, before, nodes[k - 1:k + 1], cond)                   # x_{σ_k}
@@ -125,16 +125,14 @@ def swapped(pipeline, recogniser, nodes, k, n=512, seed=0):
 
 
 def relay(first, last, nodes, k, guidance):
-    """A way to draw (prompts, seeds -> images): `first` makes the first k steps with `guidance`, `last` the others."""
-    uncond = first.text([""])
+    """A way to draw (prompts, seeds -> images): `first` makes the first k steps with `guidance`, `last` the others.
 
+    Both run all their blocks in every step.
+    """
     def images(prompts, seeds):
-        drawn = []
-        for i in range(0, len(prompts), last.batch()):
-            cond = last.text(prompts[i:i + last.batch()])
-            noise = flow.initial_noise(last.latent_shape(), seeds[i:i + last.batch()]).to(last.device)
-            x = first.sample(noise, cond, uncond, nodes[:k + 1], guidance)
-            drawn.append(decode(last, flow.sample(last.mmdit, x, nodes[k:], cond)))
-        return torch.cat(drawn)
+        noise, cond = flow.initial_noise(last.latent_shape(), seeds).to(last.device), last.text(prompts)
+        uncond = [part.expand(len(noise), *part.shape[1:]) for part in first.text([""])]
+        x = flow.sample(first.mmdit, noise, nodes[:k + 1], cond, uncond, guidance)
+        return decode(last, flow.sample(last.mmdit, x, nodes[k:], cond))
 
     return images

@@ -13,7 +13,6 @@ import re
 import secrets
 import struct
 import tempfile
-import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from commandline import UserError
+from commandline import UserError, one_line
 
 
 # ------------------------------------------------------------------------------------------------- finding files
@@ -38,9 +37,8 @@ HUB_ERRORS = (OSError, ValueError, hub.HTTPError, hub.EntryNotFoundError, hub.Xe
 
 def find_model(path):
     """A local file or folder as it is; any other `owner/name` is a Hugging Face repository, fetched into its cache."""
-    local = Path(path)
-    if local.exists():
-        return local
+    if os.path.exists(path):
+        return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise UserError(f"{path}: no such file or folder")
     try:
@@ -52,7 +50,7 @@ def find_model(path):
 
 def in_short(error):
     """The beginning of what a library says, on one line."""
-    return textwrap.shorten(str(error) or type(error).__name__, 200)
+    return one_line(str(error) or type(error).__name__, 200)
 
 
 def identity(path, *more):
@@ -515,9 +513,9 @@ def alone_in(folder, wait=False):
     except Timeout as error:
         raise Busy(f"{folder}: another run is writing there; wait for its end, or choose another --out") from error
     try:
-        # of a run that was killed while it wrote; the second are safetensors' own
-        for part in (*folder.rglob("*.part"), *folder.rglob(".tmp*")):
-            part.unlink()
+        for part in folder.rglob("*"):  # of a run that was killed while it wrote; the second are safetensors' own
+            if re.fullmatch(r".*\.[0-9a-f]{16}\.part|\.tmp\w{6}", part.name) and part.is_file():
+                part.unlink()
         yield
     finally:
         lock.release()

@@ -16,11 +16,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import ablations
 import weights
-from ablations import ABLATIONS, COVERAGE, DISTANCE, FIDELITY, TO_TEACHER
+from ablations import ABLATIONS
 
-COLUMNS = {"adherence": (("adherence", "mean"), 3), "whole prompt": (("adherence", "whole prompt"), 3),
-           "coverage": (COVERAGE, 3), "distance to a scene": (FIDELITY, 4), "Fréchet distance": (DISTANCE, 1),
-           "to the teacher": (TO_TEACHER, 1)}
+COLUMNS = {name: ablations.COLUMNS[name] for name in (
+    "adherence", "whole prompt", "coverage", "distance to a scene", "Fréchet distance", "to the teacher")}
 README = {  # {label of an arm: as it is called there, and its evaluations}
     "true scenes, autoencoded": "true scenes, through the autoencoder | ",
     "teacher, 28 × 2, w = 2": "teacher, w = 2, its best | 56",
@@ -37,24 +36,12 @@ README = {  # {label of an arm: as it is called there, and its evaluations}
 
 
 def table(name, measured=HERE / "ablations"):
-    """Markdown, of the README or of an ablation: a row for each measured arm, mean ± standard deviation over seeds."""
-    chosen = name == "README"
-    arms = ABLATIONS[name].arms if not chosen else {
-        label: arm for one in ("headline", "cache", "frontier") for label, arm in ABLATIONS[one].arms.items()}
-    lines = [f"| | {'evaluations | ' if chosen else ''}seeds | {' | '.join(COLUMNS)} |",
-             "|" + "---|" * (2 + chosen + len(COLUMNS))]
-    for label in README if chosen else arms:
-        cells = [README[label] if chosen else label, ""]
-        for measure, digits in COLUMNS.values():
-            found = ablations.numbers(measured, arms[label], measure)
-            if found:
-                mean, deviation = ablations.spread(found)
-                spread = f" ± {deviation:.{digits}f}" if len(found) > 1 else ""
-                cells.append(f"{mean:.{digits}f}{spread}")
-                cells[1] = str(len(found)) if arms[label].train else ""
-        if len(cells) > 2:
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    """Markdown, of the README or of an ablation."""
+    if name != "README":
+        return "\n".join(ablations.table(ABLATIONS[name].arms, measured, COLUMNS))
+    arms = {label: arm for one in ("headline", "cache", "frontier") for label, arm in ABLATIONS[one].arms.items()}
+    chosen = {words: arms[label] for label, words in README.items()}
+    return "\n".join(ablations.table(chosen, measured, COLUMNS, " | evaluations"))
 
 
 def claims(measured=HERE / "ablations"):

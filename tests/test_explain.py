@@ -43,7 +43,7 @@ def test_only_one_sample_of_a_student_is_explained(draw, two_steps):
         with pytest.raises(UserError, match="leave out"):
             draw(two_steps, *words)
     with pytest.raises(UserError, match="leave out"):
-        draw(f"{two_steps}@shift=2")
+        draw(f"{two_steps}@steps=4")
 
 
 def test_the_last_clean_estimate_is_the_sample_also_with_a_cache(two_steps):

@@ -53,7 +53,7 @@ def test_captions_say_what_is_named_and_nothing_else():
 
 def test_recogniser_reads_every_attribute_of_fresh_renders(recogniser):
     labels, jitter = scenes(500, seed=123)
-    seen = shapes.recognise(recogniser, shapes.render(labels, jitter))
+    seen = shapes.look(recogniser, shapes.render(labels, jitter))[1]
     assert ((seen == labels).float().mean(0) >= 0.98).all()
 
 
