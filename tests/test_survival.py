@@ -234,3 +234,13 @@ def wait_for(file, seconds=60):
     while not file.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_run_clears_away_its_own_unfinished_files_and_no_others(tmp_path):
+    own = tmp_path / "fake" / f"model.safetensors.{'0f' * 8}.part", tmp_path / ".tmpAb12Cd"
+    foreign = tmp_path / "film.part", tmp_path / ".tmp"
+    (tmp_path / "fake").mkdir()
+    for file in (*own, *foreign):
+        file.write_text("")
+    with weights.alone_in(tmp_path):
+        assert not any(file.exists() for file in own) and all(file.exists() for file in foreign)
