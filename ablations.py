@@ -104,7 +104,7 @@ ABLATIONS = {
          Claim("and brings detail", "both: ours", "the gate alone", FIDELITY, -1),
          Claim("both are more diverse than TDM", "both: ours", "neither: TDM", COVERAGE),
          Claim("both are closer to the truth than TDM", "both: ours", "neither: TDM", DISTANCE, -1)],
-        seeds=10),
+        seeds=8),
     "headline": Ablation(
         "Few-step students side by side",
         {"true scenes, autoencoded": FLOOR,
