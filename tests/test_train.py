@@ -233,6 +233,7 @@ def test_help_shows_the_flags_of_the_stage_with_their_defaults(stage, capsys):
     ("--stage 2 --student {student} --cache 8-12", "cached blocks 8-12"),
     ("--stage 2 --student {student} --cache none --objective output", "distil the student from itself"),
     ("--stage 2 --student {student} --correction prune --objective output+feature", "leaves out"),
+    ("--stage 2 --student {student} --correction none --cache 0-11 --lora 4", "nothing is left to train"),
     ("--stage 2 --student {student} --correction prune --cache none", "nothing to correct"),
 ])
 def test_wrong_arguments_end_in_one_line(arguments, message, two_steps, make_pair, tmp_path, monkeypatch, capsys):
