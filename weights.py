@@ -429,7 +429,10 @@ def save_network(module, folder, config, metadata=None, dtype=None):
 def write_safetensors(path, tensors, metadata=None):
     """Write a file whole or not at all; the same tensors and metadata always give the same bytes."""
     with replacing(path) as part:
+        part.touch()
+        mode = part.stat().st_mode  # as any new file here; safetensors' would be for its owner alone
         save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+        part.chmod(mode)
         sort_metadata(part)
 
 
