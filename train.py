@@ -169,6 +169,8 @@ def parse_arguments(words=None):
     weights.check_writable(args.out / "log.jsonl")
     if any(args.out.glob("[!.]*")) and not args.resume:
         raise UserError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
+    if is_finished(args.out) and parallel.read_header(args.out) is None:
+        raise UserError(f"{args.out} holds a model, but no run to go on with; choose another --out")
     return args
 
 
@@ -393,10 +395,8 @@ class Run:
         parallel.save(self.folder, self.networks, self.optimizers, header)
 
     def restore(self):
-        """Take up the saved state, if there is one. Raises UserError where the folder holds something else."""
+        """Take up the saved state, if there is one. Raises UserError where it is of another run."""
         header = parallel.read_header(self.folder)
-        if header is None and is_finished(self.folder):
-            raise UserError(f"{self.folder} holds a model, but no run to go on with; choose another --out")
         if header is None:
             return
         if header.get("recipe") != self.recipe:

@@ -21,13 +21,13 @@ from ablations import ABLATIONS
 COLUMNS = {name: ablations.COLUMNS[name] for name in (
     "adherence", "whole prompt", "coverage", "distance to a scene", "Fréchet distance", "to the teacher")}
 README = {  # {label of an arm: as it is called there, and its evaluations}
-    "true scenes, autoencoded": "true scenes, through the autoencoder | ",
+    "true scenes, autoencoded": "true scenes, autoencoded | ",
     "teacher, 28 × 2, w = 2": "teacher, w = 2, its best | 56",
-    "teacher, 28 × 2, w = 7": "teacher, w = 7, which students learn from | 56",
+    "teacher, 28 × 2, w = 7": "teacher, w = 7, as students learn from | 56",
     "teacher, 4 × 2, w = 2": "teacher, 4 steps, w = 2 | 8",
     "teacher, 2 × 2, w = 2": "teacher, 2 steps, w = 2 | 4",
     "ours, 4, Stage I": "ours, Stage I: `train.py --stage 1 --steps 4` | 4",
-    "DMD, 2": "DMD: `--alpha 1 --density uniform --windows whole` | 2",
+    "DMD, 2": "DMD: TDM and `--windows whole` | 2",
     "TDM, 2": "TDM: `--alpha 1 --density uniform` | 2",
     "ours, 2": "**ours, Stage I: `train.py --stage 1`** | 2",
     "plain re-use": "the same, blocks 2–5 re-used as they are | 1.67",
@@ -39,9 +39,10 @@ def table(name, measured=HERE / "ablations"):
     """Markdown, of the README or of an ablation."""
     if name != "README":
         return "\n".join(ablations.table(ABLATIONS[name].arms, measured, COLUMNS))
+    columns = {words: measure for words, measure in COLUMNS.items() if words != "whole prompt"}
     arms = {label: arm for one in ("headline", "cache", "frontier") for label, arm in ABLATIONS[one].arms.items()}
     chosen = {words: arms[label] for label, words in README.items()}
-    return "\n".join(ablations.table(chosen, measured, COLUMNS, " | evaluations"))
+    return "\n".join(ablations.table(chosen, measured, columns, " | evaluations"))
 
 
 def claims(measured=HERE / "ablations"):
