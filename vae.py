@@ -34,11 +34,20 @@ class VAE(nn.Module):
 
     def moments(self, images):
         """images (B, 3, H, W) -> mean and log-variance of the posterior, (B, 16, H/8, W/8) each, unscaled."""
-        return self.encoder(images).chunk(2, dim=1)
+        return self.encoder(channels_last(images)).chunk(2, dim=1)
 
     def decode(self, latents):
         """latents (B, 16, h, w) -> images (B, 3, 8h, 8w), about [-1, 1], not clamped."""
-        return self.decoder(latents / self.scale + self.shift)
+        return self.decoder(channels_last(latents / self.scale + self.shift))
+
+
+def channels_last(x):
+    """The same tensor, in the order in which a CPU's convolutions take three quarters of the time.
+
+    In bf16 their backward passes take longer so: where there is a gradient, the order stays.
+    """
+    on = x.device.type == "cpu" and not torch.is_grad_enabled()
+    return x.contiguous(memory_format=torch.channels_last) if on else x
 
 
 class Encoder(nn.Module):
