@@ -36,6 +36,15 @@ def test_guidance_that_a_model_carries_is_taken_as_it_is_zero_too(tiny, monkeypa
         tiny.guidance()
 
 
+def test_images_and_latents_are_the_same_with_gradient_and_without(tiny):
+    latents = flow.initial_noise(tiny.latent_shape(), [0, 1])
+    with_gradient = tiny.vae.decode(latents), tiny.vae.encode(tiny.vae.decode(latents))
+    with torch.no_grad():
+        without = tiny.vae.decode(latents), tiny.vae.encode(tiny.vae.decode(latents))
+    for one, other in zip(with_gradient, without, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
 def test_models_can_be_named_with_how_they_are_sampled():
     assert pipeline.split_model("a/b@steps=4,guidance=2.5,cache=1-2") == (
         "a/b", {"steps": 4, "guidance": 2.5, "cache": (1, 2)})
