@@ -169,8 +169,6 @@ def parse_arguments(words=None):
     weights.check_writable(args.out / "log.jsonl")
     if any(args.out.glob("[!.]*")) and not args.resume:
         raise UserError(f"{args.out} holds a run already: go on with --resume, or choose another --out")
-    if is_finished(args.out) and parallel.read_header(args.out) is None:
-        raise UserError(f"{args.out} holds a model, but no run to go on with; choose another --out")
     return args
 
 
@@ -182,6 +180,8 @@ def run_folder(preset, stage, steps=None):
 
 def main():
     args = parse_arguments()
+    if is_finished(args.out) and parallel.read_header(args.out) is None:
+        raise UserError(f"{args.out} holds a model, but no run to go on with; choose another --out")
     args.device = parallel.start(args.device)
     args.arithmetic = Arithmetic(args.device, DTYPES[args.dtype])
     with weights.alone_in(args.out) if parallel.is_first() else contextlib.nullcontext():

@@ -132,19 +132,21 @@ def test_resuming_with_other_settings_is_refused(two_steps, words, change):
         stage1(two_steps, "--iterations", 3, "--resume", *words)
 
 
-def test_a_model_is_not_overwritten_by_resuming_a_run_that_never_was_there(two_steps, tmp_path):
+def test_a_model_is_not_overwritten_by_resuming_a_run_that_never_was_there(two_steps, tmp_path, monkeypatch):
     run = shutil.copytree(two_steps, tmp_path / "run")
 
-    def resume(stage):
-        args = train.parse_arguments(["--stage", stage, "--out", str(run), "--resume"])
-        args.student = args.reference = str(two_steps)
-        train.Run(args, f"stage {stage}", {}, {}).restore()
-
+    args = train.parse_arguments(["--stage", "2", "--out", str(run), "--resume"])
+    args.student = args.reference = str(two_steps)
     with pytest.raises(UserError, match="other settings .of stage 1, now stage 2"):
-        resume("2")
-    (run / "state.json").unlink()
+        train.Run(args, "stage 2", {}, {}).restore()
+
+    for file in (run / "state.json", *run.glob(".lock")):
+        file.unlink(missing_ok=True)
+    before = sorted(run.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "1", "--out", str(run), "--resume"])
     with pytest.raises(UserError, match="holds a model, but no run"):
-        resume("1")
+        train.main()
+    assert sorted(run.rglob("*")) == before
 
 
 def test_resuming_with_a_prompt_file_that_was_changed_is_refused_and_one_that_moved_is_not(tmp_path):
