@@ -157,13 +157,13 @@ def test_a_model_that_goes_without_its_t5_is_another(make_pair, tmp_path):
     assert weights.identity(folder) != before
 
 
-# --------------------------------------------------------------------------------------------------- Hugging Face hub
-
 def test_others_may_read_a_written_model_as_they_may_any_new_file(tmp_path):
     weights.write_safetensors(tmp_path / "new.safetensors", {"x": torch.zeros(1)})
     (tmp_path / "any").touch()
     assert (tmp_path / "new.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
 
+
+# --------------------------------------------------------------------------------------------------- Hugging Face hub
 
 def test_only_safetensors_are_fetched(make_pair, monkeypatch):
     pair, asked = make_pair("SD3-Medium", "folder"), {}
