@@ -157,13 +157,14 @@ def random_pipeline(preset, depth, device, dtype):
     """All of an SD3 in its true size, with random weights: `depth` blocks, and no text encoder of more layers."""
     silence_transformers()
     tokenizers = [AutoTokenizer.from_pretrained(TINY / name, model_max_length=length) for name, length in TOKENIZERS]
-    clips = [random_encoder(CLIPTextModelWithProjection, dtype, hidden_size=width, intermediate_size=4 * width,
-                            projection_dim=width, num_hidden_layers=min(depth, layers), num_attention_heads=heads,
-                            hidden_act=activation, bos_token_id=tokenizer.bos_token_id,
-                            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    build = partial(random_encoder, device, dtype)
+    clips = [build(CLIPTextModelWithProjection, hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+                   num_hidden_layers=min(depth, layers), num_attention_heads=heads, hidden_act=activation,
+                   bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                   pad_token_id=tokenizer.pad_token_id)
              for tokenizer, (width, layers, heads, activation) in zip(tokenizers, CLIPS)]
-    t5 = random_encoder(T5EncoderModel, dtype, num_layers=min(depth, T5_LAYERS), **T5)
-    text = TextEncoders(*clips, t5, tokenizers, T5["d_model"]).to(device)
+    t5 = build(T5EncoderModel, num_layers=min(depth, T5_LAYERS), **T5)
+    text = TextEncoders(*clips, t5, tokenizers, T5["d_model"])
     blocks, more = SIZES[preset]
     with torch.device("meta"):
         mmdit = MMDiT(depth=depth, width=64 * blocks, heads=blocks, context_dim=4096, pooled_dim=2048, **more)
@@ -175,9 +176,15 @@ def random_pipeline(preset, depth, device, dtype):
     return Pipeline(*(network.requires_grad_(False).eval() for network in (mmdit, vae, text)))
 
 
-def random_encoder(kind, dtype, **config):
-    """A text encoder of transformers, made in `dtype` from the start: T5-XXL in fp32 takes 19 GB."""
-    return kind.from_pretrained(None, config=kind.config_class(**config), state_dict={}, dtype=dtype)
+def random_encoder(device, dtype, kind, **config):
+    """A text encoder of transformers, made there and in `dtype` from the start: T5-XXL in fp32 takes 19 GB."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return kind(kind.config_class(**config)).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 # ------------------------------------------------------------------------------------------------------- the machine

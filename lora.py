@@ -26,7 +26,8 @@ class LoRALinear(nn.Linear):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias = base.weight, base.bias  # in whatever dtype they are; the adapter is in fp32
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.randn(parts, rank, base.in_features, device=device) / rank)
+        # drawn on the CPU: a seed makes the same run on any device
+        self.lora_A = nn.Parameter((torch.randn(parts, rank, base.in_features) / rank).to(device))
         self.lora_B = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank, device=device))
 
     def forward(self, x):
