@@ -209,18 +209,18 @@ def load_cache(folder, model, device="cpu", dtype=torch.float32):
     with weights.open_safetensors(file) as opened:
         header = opened.metadata() or {}
     try:
-        (first, last), = weights.parse_json(header.get("ranges", "[]"), "its range of blocks")
+        first, last = weights.parse_json(header.get("blocks", "[]"), "its range of blocks")
         check_blocks((index(first), index(last)), len(model.joint_blocks), steps=2)
         cache = new_cache((first, last), model.pos_embed.shape[2], correction=header.get("correction", "mlp"))
     except (ValueError, TypeError, KeyError, weights.UserError) as error:
         raise weights.UserError(f"{file}: a compensator that does not fit the student ({error})") from error
-    weights.load_plain(nn.ModuleList([cache.compensator]), file)
+    weights.load_plain(cache.compensator, file)
     cache.compensator.to(device, dtype).requires_grad_(False).eval()
     return cache
 
 
 def save_cache(cache, folder):
-    """Write the compensator, its kind and its range in the header (as a list of ranges, of which there is one)."""
+    """Write the compensator; its kind and the first and the last cached block stand in the header."""
     kind, = (name for name, kind in CORRECTIONS.items() if isinstance(cache.compensator, kind))
-    state = {f"0.{name}": tensor.detach().cpu().contiguous() for name, tensor in cache.compensator.state_dict().items()}
-    weights.write_safetensors(cache_file(folder), state, {"ranges": json.dumps([cache.blocks]), "correction": kind})
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in cache.compensator.state_dict().items()}
+    weights.write_safetensors(cache_file(folder), state, {"blocks": json.dumps(cache.blocks), "correction": kind})

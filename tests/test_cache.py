@@ -225,14 +225,14 @@ def test_a_compensator_that_does_not_fit_the_student_is_refused(damage, tmp_path
     student = random_network()
     cache.save_cache(cache.new_cache((1, 2), 128 if damage != "another width" else 64), tmp_path)
     file = cache.cache_file(tmp_path)
-    tensors, header = load_file(file), {"ranges": "[[1, 2]]"}
+    tensors, header = load_file(file), {"blocks": "[1, 2]"}
     assert cache.load_cache(tmp_path, student).blocks == (1, 2) if damage != "another width" else True
     if damage == "a tensor too few":
-        tensors.pop("0.text.fc1.bias")
+        tensors.pop("text.fc1.bias")
     if damage == "NaN":
-        tensors["0.text.fc1.bias"][0] = torch.nan
-    header = {"blocks outside": {"ranges": "[[1, 9]]"}, "no blocks": {}, "two ranges": {"ranges": "[[1, 2], [3, 4]]"},
-              "not JSON": {"ranges": "1-2"}, "half a block": {"ranges": "[[1, 1.5]]"},
+        tensors["text.fc1.bias"][0] = torch.nan
+    header = {"blocks outside": {"blocks": "[1, 9]"}, "no blocks": {}, "two ranges": {"blocks": "[[1, 2], [3, 4]]"},
+              "not JSON": {"blocks": "1-2"}, "half a block": {"blocks": "[1, 1.5]"},
               "an unknown correction": {**header, "correction": "mpl"},
               "the tensors of another correction": {**header, "correction": "prune"}}.get(damage, header)
     save_file(tensors, file, header)
@@ -250,7 +250,7 @@ def test_a_compensator_is_read_back_as_it_was_and_its_blocks_stand_in_the_header
         torch.nn.init.normal_(parameter)
     cache.save_cache(used, tmp_path)
     with safe_open(cache.cache_file(tmp_path), "pt") as file:
-        assert json.loads(file.metadata()["ranges"]) == [[3, 4]]
+        assert json.loads(file.metadata()["blocks"]) == [3, 4]
     again = cache.load_cache(tmp_path, random_network()).compensator
     assert type(again) is type(used.compensator)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in used.compensator.state_dict().items())
