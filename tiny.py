@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 import flow
@@ -402,5 +403,5 @@ def encode_pool(vae, n, seed, batch=256):
     """n scenes drawn from `seed` -> their latents, (n, 4, 16, 16), and labels, (n, 6)."""
     generator = torch.Generator().manual_seed(seed)
     labels, jitter = shapes.draw_scenes(n, generator)
-    images = (shapes.render(*pair) for pair in zip(labels.split(batch), jitter.split(batch)))
-    return torch.cat([vae.encode(part.to(device_of(vae))).float().cpu() for part in images]), labels
+    parts = tqdm(list(zip(labels.split(batch), jitter.split(batch))), desc="latents of scenes", leave=False)
+    return torch.cat([vae.encode(shapes.render(*part).to(device_of(vae))).float().cpu() for part in parts]), labels
