@@ -213,7 +213,7 @@ def modulate(x, shift, scale):
 
 def attention(q, k, v):
     """Every token attends to every token. q, k, v (B, heads, N, head width) -> (B, N, heads · head width)."""
-    if q.requires_grad and q.device.type == "cpu" and q.shape[2] < 512:  # here, PyTorch's kernels take twice the time
+    if q.requires_grad and q.device.type == "cpu" and q.shape[2] < 256:  # here, PyTorch's kernels take twice the time
         out = torch.softmax(q / q.shape[-1]**0.5 @ k.mT, dim=-1) @ v                    # (B, heads, N, head width)
     else:
         out = F.scaled_dot_product_attention(q, k, v)                                   # the same

@@ -73,6 +73,13 @@ def read_state(run):
     return load_file(file)
 
 
+def check_gradients(mine, theirs, share):
+    """Two states hold the same squared gradients, to rounding, which grows where Adam makes signs of them."""
+    assert mine.keys() == theirs.keys()
+    for name in (name for name in mine if name.endswith("exp_avg_sq")):
+        assert (mine[name] - theirs[name]).norm() <= share * theirs[name].norm() + 1e-12, name
+
+
 # --------------------------------------------------------------------------------------------- random pipelines
 
 def build(**kind):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import flow
+import mmdit
 import pipeline
 import report
 import sample
@@ -43,6 +44,14 @@ def test_images_and_latents_are_the_same_with_gradient_and_without(tiny):
         without = tiny.vae.decode(latents), tiny.vae.encode(tiny.vae.decode(latents))
     for one, other in zip(with_gradient, without, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_attention_written_out_for_its_gradient_gives_what_pytorchs_gives():
+    inputs = torch.randn(3, 2, 4, 17, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    theirs = torch.nn.functional.scaled_dot_product_attention(*inputs).transpose(1, 2).flatten(2)
+    mine = mmdit.attention(*inputs)
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), inputs)[0] for out in (mine, theirs)))
 
 
 def test_models_can_be_named_with_how_they_are_sampled():
