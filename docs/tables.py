@@ -64,7 +64,7 @@ if __name__ == "__main__":
     for file in (HERE.parent / "README.md", HERE / "experiments.md"):
         file.write_text(filled(file.read_text()))
     head = ("`python evaluate.py ablate`, so far; 1,024 captions, 128 images a prompt; bf16; an Intel Xeon core a run, "
-            "or, for seeds 8 to 10 of all but TDM, a fifteenth of an H100.")
+            "or, for seeds from 8 on (of TDM from 11 on), a sixteenth of an H100.")
     report = ablations.report(list(ABLATIONS), HERE / "ablations")
     weights.write_text(HERE / "ablations" / "ablate.md", f"{head}\n\n{report}")
     ablations.plot("frontier", HERE / "ablations")
