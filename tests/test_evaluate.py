@@ -268,13 +268,22 @@ def test_the_reuse_error_of_every_block_is_written_for_a_teacher_at_a_students_l
     assert "from σ = 1 to 0.75" in text and text.count("\n| ") == 13
 
 
-def test_every_range_of_blocks_is_re_used_and_its_cost_compared_with_the_errors(run, monkeypatch):
+def test_every_range_of_blocks_is_re_used_once_and_its_cost_compared_with_the_errors(run, monkeypatch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a circle\n")
+    words, calls = ["reuse", TINY, "--ranges", "--prompts", tmp_path / "prompts.txt"], []
+
     def measure(draw, recogniser, **settings):
-        first, last = draw.__self__.pipeline.cache.blocks
+        calls.append(draw.__self__.pipeline.cache.blocks)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        first, last = calls[-1]
         return {"adherence": {"mean": (1, 0)}, "fidelity": {"mean": (abs(first - 3) + 0.1 * last, 0)}}
 
     monkeypatch.setattr(shapes, "measure", measure)
-    text = run("reuse", TINY, "--ranges")["ranges.md"]
+    with pytest.raises(KeyboardInterrupt):
+        run(*words)
+    text = run(*words)["ranges.md"]
+    assert len(calls) == 78 + 1  # what the first call measured is not measured again
     assert text.count("\n| ") == 77 + 2 + 10 and "\n| 4 |" in text and " | 3-6 | " in text
 
 
