@@ -1,5 +1,5 @@
 """Write the tables of README.md and docs/experiments.md, the report of all arms (docs/ablations/ablate.md) and the
-frontier's plot, from what `python evaluate.py ablate` measured so far.
+frontier's plot, from what `python evaluate.py ablate` measured.
 
     python docs/tables.py
 
@@ -63,7 +63,7 @@ def filled(text):
 if __name__ == "__main__":
     for file in (HERE.parent / "README.md", HERE / "experiments.md"):
         file.write_text(filled(file.read_text()))
-    head = ("`python evaluate.py ablate`, so far; 1,024 captions, 128 images a prompt; bf16; an Intel Xeon core a run, "
+    head = ("`python evaluate.py ablate`; 1,024 captions, 128 images a prompt; bf16; an Intel Xeon core a run, "
             "or, for seeds from 8 on (of TDM from 11 on), a sixteenth of an H100.")
     report = ablations.report(list(ABLATIONS), HERE / "ablations")
     weights.write_text(HERE / "ablations" / "ablate.md", f"{head}\n\n{report}")
