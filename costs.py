@@ -40,7 +40,7 @@ T5_LAYERS = 24
 
 def sampling_cost(sampler):
     """What an image takes, {of what: (value, 0)}, as shapes.measure has it. Operations are the transformer's."""
-    pipeline, options = sampler
+    pipeline, options, _ = sampler
     _, h, w = pipeline.latent_shape()
     steps = len(pipeline.sigmas(options.get("steps"))) - 1
     guided = options.get("guidance", pipeline.guidance()) > 1

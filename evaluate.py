@@ -356,7 +356,7 @@ def notes(results):
 
 def reuse(args, n=64):
     """The reuse error of every block for both streams, as a table and, where matplotlib is installed, as a plot."""
-    pipeline, options = open_sampler(args.model, args.device, DTYPES[args.dtype])
+    pipeline, options, _ = open_sampler(args.model, args.device, DTYPES[args.dtype])
     prompts = read_prompts(args.prompts)[:n] if args.prompts else \
         shapes.draw_captions(n, torch.Generator().manual_seed(0))[0]
     nodes = pipeline.sigmas(options.get("steps"))
@@ -450,14 +450,14 @@ def score(args):
 
 def swap(args):
     """Which attributes follow the steps up to the k-th, which those after it, for each k, as a table."""
-    pipeline, options = open_sampler(args.model, args.device, DTYPES[args.dtype])
+    pipeline, options, _ = open_sampler(args.model, args.device, DTYPES[args.dtype])
     nodes = pipeline.sigmas(options.get("steps"))
     check_scenes(args.model, pipeline)
     if len(nodes) < 3:
         raise UserError(f"{args.model}: makes one step; between two of them states can change hands")
     others = {name: open_sampler(name, args.device, DTYPES[args.dtype])
               for name in [args.model, *args.first] if args.first}
-    for name, (first, _) in others.items():
+    for name, (first, *_) in others.items():
         check_scenes(name, first)
     recogniser, names = shapes.load_recogniser(TINY), (*shapes.NAMES, "mean")
     lines = [f"| steps | as | {' | '.join(names)} |", "|" + "---|" * (2 + len(names))]
@@ -468,7 +468,7 @@ def swap(args):
     measures = {"adherence": "adherence", "coverage": "coverage", "fidelity": "distance to a scene"}
     if others:
         lines += ["", f"| steps | the first by | {' | '.join(measures.values())} |", "|" + "---|" * (2 + len(measures))]
-    for name, (first, own) in others.items():
+    for name, (first, own, _) in others.items():
         for k in range(1, len(nodes) - 1):
             images = truth.relay(first, pipeline, nodes, k, own.get("guidance", first.guidance()))
             found = shapes.measure(images, recogniser, captions=1024, samples=64)

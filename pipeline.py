@@ -4,6 +4,7 @@ Works on any SD3: Stability's single files, diffusers folders, Hugging Face repo
 made by train.py, which carry their own noise levels and guidance in the header of their tensor file.
 """
 
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,6 +141,14 @@ class Sampler(NamedTuple):
 
     pipeline: Pipeline
     options: dict           # arguments of `generate`: steps, guidance, sigmas
+    folder: str = None      # where the model lies as it is here; None: nowhere, it is being trained
+
+    def key(self):
+        """How it is sampled, as text: the levels, guidance and cached blocks that its options come to."""
+        levels = self.options["sigmas"] if "sigmas" in self.options else self.pipeline.sigmas(self.options.get("steps"))
+        cached = self.pipeline.cache and self.pipeline.cache.blocks
+        return json.dumps({"sigmas": [round(level, 6) for level in levels.tolist()], "cache": cached,
+                           "guidance": self.options.get("guidance", self.pipeline.guidance())})
 
     def images(self, prompts, seeds):
         """One image for each pair, (N, 3, H, W) in [-1, 1], on the CPU."""

@@ -89,7 +89,10 @@ class Reconstruction(NamedTuple):
     """A sampler that draws true scenes and sends them through an autoencoder: the floor of what a model can reach."""
 
     vae: VAE
-    options: dict = {"autoencoder": 1}
+    folder: str = None
+
+    def key(self):
+        return "autoencoder"
 
     def images(self, prompts, seeds):
         return decode(self, shapes.true_latents(self.vae, prompts, seeds))
@@ -98,38 +101,39 @@ class Reconstruction(NamedTuple):
 def measure(samplers, model, teacher, quiet=False):
     """shapes.measure of each sampler, and first of the autoencoder alone. teacher: as there, or None.
 
-    What the tiny SD3 `model` carries in its measures.json, of its teacher and its autoencoder, is not measured again.
+    The recogniser is that of the tiny SD3 `model`. What a model carries in its measures.json is not measured again.
     """
-    recogniser, known = shapes.load_recogniser(model), known_measures(model)
-    vae = next(iter(samplers.values())).pipeline.vae
-    measured = {}
-    for name, sampler in tqdm({AUTOENCODER: Reconstruction(vae), **samplers}.items(), desc="measuring", disable=quiet):
-        ships = name == AUTOENCODER or name.startswith("teacher")
-        found = known.get(options_key(sampler)) if ships else None
-        measured[name] = found or shapes.measure(sampler.images, recogniser, teacher=teacher)
+    recogniser, measured = shapes.load_recogniser(model), {}
+    floor = Reconstruction(next(iter(samplers.values())).pipeline.vae, model)
+    for name, sampler in tqdm({AUTOENCODER: floor, **samplers}.items(), desc="measuring", disable=quiet):
+        known = known_measures(sampler.folder, model) if sampler.folder else {}
+        measured[name] = known.get(sampler.key()) or shapes.measure(sampler.images, recogniser, teacher=teacher)
     return measured
 
 
-def write_metrics(file, samplers, model):
-    """Measure the samplers, write it all and show the most of it. All processes must call it."""
+def write_metrics(folder, samplers, model):
+    """Measure the samplers, write it all beside the student and show the most of it. All processes must call it."""
     measured = measure(samplers, model, known_teacher(model), quiet=not parallel.is_first())
     if parallel.is_first():
-        weights.write_json(file, measured)
+        weights.write_json(folder / "metrics.json", measured)
+        write_measures({samplers["student"].key(): measured["student"]}, folder, model)
         print(table(measured))
 
 
-def known_measures(model):
-    """{options: measures} of the teacher `model` as it is, from its own files; empty where they were changed since."""
-    file = shapes.measures_file(model)
+def known_measures(folder, teacher):
+    """{Sampler.key: measures} of a model, from its own folder; empty where it or its teacher were changed since."""
+    file = shapes.measures_file(folder)
     known = weights.read_json(file) if file.exists() else {}
-    return known.get("measures", {}) if known.get("model") == weights.identity(model) else {}
+    return known.get("measures", {}) if known.get("models") == identities(folder, teacher) else {}
 
 
-def write_measures(samplers, measured, model):
-    """Keep what `measure` found of a teacher, {name: measures}, beside its files, for `measure` to find again."""
-    samplers = {**samplers, AUTOENCODER: Reconstruction(None)}
-    known = {options_key(sampler): measured[name] for name, sampler in samplers.items()}
-    weights.write_json(shapes.measures_file(model), {"model": weights.identity(model), "measures": known})
+def write_measures(measures, folder, teacher):
+    """Keep what a model scores, {Sampler.key: measures}, in its folder, for `measure` to find again."""
+    weights.write_json(shapes.measures_file(folder), {"models": identities(folder, teacher), "measures": measures})
+
+
+def identities(*models):
+    return [weights.identity(model) for model in models]
 
 
 def look_at_teacher(sampler, recogniser, captions=1024):
@@ -153,12 +157,6 @@ def known_teacher(model):
     with weights.open_safetensors(shapes.teacher_file(model)) as file:
         if file.metadata()["model"] == weights.identity(model):
             return file.get_tensor("mean"), file.get_tensor("covariance")
-
-
-def options_key(sampler):
-    """How a model is sampled, as text."""
-    return json.dumps({name: [round(x, 6) for x in value.tolist()] if name == "sigmas" else float(value)
-                       for name, value in sampler.options.items()}, sort_keys=True)
 
 
 def table(measured):

@@ -169,7 +169,7 @@ def recogniser_file(folder):
 
 
 def measures_file(folder):
-    """What a tiny SD3 scores in `measure`, for some ways to sample it (report.py)."""
+    """What a model of the tiny world scores in `measure`, for some ways to sample it (report.py)."""
     return Path(folder) / "measures.json"
 
 

@@ -84,7 +84,9 @@ def make(folder, seed, arithmetic, train_part):
     for name in ENCODERS.values():
         shutil.copytree(TINY / name, folder / name, dirs_exist_ok=True)
     report.write_teacher(samples, folder)
-    report.write_measures(samplers, measured, folder)  # last: they name the model as it lies there
+    samplers = {report.AUTOENCODER: report.Reconstruction(teacher.vae), **samplers}
+    keyed = {samplers[name].key(): measures for name, measures in measured.items()}
+    report.write_measures(keyed, folder, folder)  # last: they name the model as it lies there
     print(f"{report.table(measured)}\n\ntiny SD3: {folder}, best guidance w = {best}")
 
 

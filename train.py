@@ -226,8 +226,10 @@ def stage1(args):
 
     samplers = {
         "student": Sampler(replace(teacher, mmdit=student), {"sigmas": windows.nodes, "guidance": 1.0}),
-        f"teacher, 28 steps, w = {args.guidance:g}": Sampler(teacher, {"steps": 28, "guidance": args.guidance}),
-        f"teacher, {args.steps} steps": Sampler(teacher, {"sigmas": windows.nodes, "guidance": args.guidance})}
+        f"teacher, 28 steps, w = {args.guidance:g}": Sampler(teacher, {"steps": 28, "guidance": args.guidance},
+                                                             args.model),
+        f"teacher, {args.steps} steps": Sampler(teacher, {"sigmas": windows.nodes, "guidance": args.guidance},
+                                                args.model)}
     run = Run(args, "stage 1", dict(zip(("student", "fake"), learned)), optimizers)
     distil(args, run, iterate, samplers, prompts, args.model, fake)
 
@@ -306,8 +308,9 @@ def stage2(args):
     options = {"sigmas": nodes, "guidance": 1.0}
     refined = replace(original, mmdit=student, cache=cache)
     plain = {"Stage I, plain re-use": Sampler(replace(original, cache=Cache(args.cache)), options)} if cache else {}
-    samplers = {"Stage I student": Sampler(original, options), **plain, "student": Sampler(refined, options),
-                **({"reference": Sampler(reference, {})} if reference else {})}
+    samplers = {"Stage I student": Sampler(original, options, args.student), **plain,
+                "student": Sampler(refined, options),
+                **({"reference": Sampler(reference, {}, args.reference)} if reference else {})}
     distil(args, Run(args, "stage 2", learning, optimizers), iterate, samplers, prompts, args.student)
     parallel.say(describe_cost(student, *original.latent_shape()[1:], uncond[0].shape[1], len(nodes) - 1, cache))
 
@@ -508,7 +511,7 @@ def distil(args, run, iterate, samplers, prompts, path, fake=None):
     fake: Stage I's fake score, kept for `evaluate.py score` and `sample.py --explain`; nothing samples with it.
     """
     fit(args, run, iterate, args.iterations, report.Sheet(samplers, sheet_prompts(prompts)))
-    pipeline, options = samplers["student"]
+    pipeline, options, _ = samplers["student"]
     mmdit, fake = whole(pipeline.mmdit, path), fake and whole(fake, path)
     if parallel.is_first():
         if fake:
@@ -520,7 +523,7 @@ def distil(args, run, iterate, samplers, prompts, path, fake=None):
     parallel.wait()
     if shapes.is_tiny_world(args.model):  # where the truth is known
         with args.arithmetic.passes():
-            report.write_metrics(args.out / "metrics.json", samplers, args.model)
+            report.write_metrics(args.out, samplers, args.model)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import report
 import sample
 import shapes
 import weights
+from cache import Cache
 from commandline import UserError
 
 
@@ -128,14 +130,21 @@ def test_what_the_teacher_scores_ships_with_it_and_is_measured_anew_only_if_it_c
     measured = []
     monkeypatch.setattr(shapes, "measure", lambda *inputs, **more: measured.append(inputs) or "anew")
     nodes = flow.student_sigmas(2, tiny.shift)
-    samplers = {"teacher, 28 steps": pipeline.Sampler(tiny, {"steps": 28, "guidance": 7.0}),
-                "teacher, 2 steps": pipeline.Sampler(tiny, {"sigmas": nodes, "guidance": 7.0}),
-                "teacher, 3 steps": pipeline.Sampler(tiny, {"steps": 3, "guidance": 7.0}),
-                "student": pipeline.Sampler(tiny, {"steps": 28, "guidance": 7.0})}
-    found = report.measure(samplers, pipeline.TINY, None, quiet=True)
-    assert [name for name, measures in found.items() if measures == "anew"] == ["teacher, 3 steps", "student"]
-    shipped = json.loads((pipeline.TINY / "measures.json").read_text())
-    assert found["teacher, 2 steps"] in shipped["measures"].values()
-    shutil.copytree(pipeline.TINY, tmp_path / "model")
-    weights.write_json(tmp_path / "model" / "transformer" / "config.json", {"num_attention_heads": 2, "changed": True})
-    assert set(report.measure(samplers, tmp_path / "model", None, quiet=True).values()) == {"anew"}
+    copied = tmp_path / "model"
+    shutil.copytree(pipeline.TINY, copied)
+    cached = replace(tiny, cache=Cache((2, 5)))
+
+    def samplers(folder):
+        return {"28 steps": pipeline.Sampler(tiny, {"steps": 28, "guidance": 7.0}, folder),
+                "as it says itself": pipeline.Sampler(tiny, {}, folder),
+                "2 steps": pipeline.Sampler(tiny, {"sigmas": nodes, "guidance": 7.0}, folder),
+                "3 steps": pipeline.Sampler(tiny, {"steps": 3, "guidance": 7.0}, folder),
+                "cached": pipeline.Sampler(cached, {"sigmas": nodes, "guidance": 7.0}, folder),
+                "in training": pipeline.Sampler(tiny, {"steps": 28, "guidance": 7.0})}
+
+    found = report.measure(samplers(copied), pipeline.TINY, None, quiet=True)
+    assert [name for name, measures in found.items() if measures == "anew"] == ["3 steps", "cached", "in training"]
+    shipped = json.loads((copied / "measures.json").read_text())
+    assert found["2 steps"] in shipped["measures"].values() and found["2 steps"] != found["28 steps"]
+    weights.write_json(copied / "transformer" / "config.json", {"num_attention_heads": 2, "changed": True})
+    assert set(report.measure(samplers(copied), copied, None, quiet=True).values()) == {"anew"}

@@ -187,12 +187,12 @@ def test_stage_0_leaves_a_pipeline_that_carries_its_best_guidance_and_its_measur
         monkeypatch.setattr(tiny, name, value)
     monkeypatch.setattr(sys, "argv", f"train.py --stage 0 --dtype fp32 --out {tmp_path} --resume".split())
     train.main()
-    made, known = load_pipeline(tmp_path), report.known_measures(tmp_path)
+    made, known = load_pipeline(tmp_path), report.known_measures(tmp_path, tmp_path)
     assert made.guidance() == 3 and "best guidance w = 3" in capsys.readouterr().out
     assert made.latent_shape() == (tiny.LATENT_CHANNELS, 16, 16) and made.shift == tiny.SHIFT
     assert len(known) == 6 and report.known_teacher(tmp_path)[1].shape == (128, 128)
     one_step = Sampler(made, {"sigmas": torch.tensor([1.0, 0.0]), "guidance": 7.0})  # the files hold what was measured
-    brightness, _ = known[report.options_key(one_step)]["coverage"]["mean"]
+    brightness, _ = known[one_step.key()]["coverage"]["mean"]
     assert one_step.images(["a red circle"], [0]).mean().item() == pytest.approx(brightness, abs=1e-6)
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         assert all((tmp_path / name / file.name).read_bytes() == file.read_bytes() for file in (TINY / name).iterdir())
@@ -213,11 +213,11 @@ def test_each_word_of_the_tiny_world_is_one_token_and_the_longest_caption_fits()
 
 
 def test_the_shipped_measures_are_of_the_shipped_model_and_of_what_training_compares_with():
-    known = report.known_measures(TINY)
+    known = report.known_measures(TINY, TINY)
     assert known, "tiny-sd3/measures.json is of other files"
     teacher = load_pipeline(TINY)
-    keys = {name: report.options_key(sampler) for name, sampler in tiny.teacher_samplers(teacher).items()}
-    assert {*keys.values(), report.options_key(report.Reconstruction(None))} == set(known)
+    keys = {name: sampler.key() for name, sampler in tiny.teacher_samplers(teacher).items()}
+    assert {*keys.values(), report.Reconstruction(None).key()} == set(known)
     best = min(tiny.GUIDANCES, key=lambda w: known[keys[f"teacher, 28 steps, w = {w}"]]["fidelity"]["mean"][0])
     assert teacher.guidance() == best
 

@@ -30,11 +30,19 @@ def stage2(two_steps, tmp_path):
 
 @pytest.fixture(scope="module")
 def refined(two_steps, tmp_path_factory):
-    """A Stage II run of two turns of each side, warm-up included; its reference is the Stage I student."""
-    out = tmp_path_factory.mktemp("runs") / "stage2"
-    quick_train.run("--stage", 2, "--student", two_steps, "--reference", two_steps, "--iterations", 4, "--out", out,
-                    "--cache", "2-5", *SOON, "alone=0")
-    return out
+    """A Stage II run of two turns of each side, warm-up included; its reference is the Stage I student.
+
+    What that one scored is changed, in the reference's copy: so it shows whether it is measured again.
+    """
+    runs = tmp_path_factory.mktemp("runs")
+    shutil.copytree(two_steps, runs / "reference")
+    known = json.loads((two_steps / "measures.json").read_text())
+    for measures in known["measures"].values():
+        measures["coverage"]["mean"] = [0.125, 0.0]
+    (runs / "reference" / "measures.json").write_text(json.dumps(known))
+    quick_train.run("--stage", 2, "--student", two_steps, "--reference", runs / "reference", "--iterations", 4,
+                    "--out", runs / "stage2", "--cache", "2-5", *SOON, "alone=0")
+    return runs / "stage2"
 
 
 def test_a_run_leaves_log_sheets_metrics_and_a_student_that_carries_its_cache(refined, two_steps):
@@ -42,8 +50,11 @@ def test_a_run_leaves_log_sheets_metrics_and_a_student_that_carries_its_cache(re
     assert entry["step"] == 4
     assert {"discriminator", "told apart", "adversarial", "output", "feature", "norm"} <= set(entry)
     assert (refined / "sheet-000004.png").exists()
-    assert list(json.loads((refined / "metrics.json").read_text())) == [
-        "true scenes, autoencoded", "Stage I student", "Stage I, plain re-use", "student", "reference"]
+    metrics = json.loads((refined / "metrics.json").read_text())
+    assert list(metrics) == ["true scenes, autoencoded", "Stage I student", "Stage I, plain re-use", "student",
+                             "reference"]
+    assert metrics["reference"]["coverage"]["mean"] == [0.125, 0.0]  # not measured again, nor is Stage I's
+    assert metrics["Stage I student"] == json.loads((two_steps / "metrics.json").read_text())["student"]
     student = pipeline.load_pipeline(refined)
     assert student.sigmas().tolist() == [1, 0.75, 0] and student.guidance() == 1 and student.cache.blocks == (2, 5)
     names = "transformer/diffusion_pytorch_model.safetensors"

@@ -41,9 +41,10 @@ def test_a_run_leaves_log_sheets_metrics_and_a_student_that_needs_no_flags(two_s
     entry, = map(json.loads, (two_steps / "log.jsonl").read_text().splitlines())
     assert entry["step"] == 2 and {"student", "fake", "norm", "guided", "seconds"} <= set(entry)
     assert (two_steps / "sheet-000002.png").exists()
-    assert set(json.loads((two_steps / "metrics.json").read_text())) == {
-        "true scenes, autoencoded", "student", "teacher, 2 steps", "teacher, 28 steps, w = 7"}
+    metrics = json.loads((two_steps / "metrics.json").read_text())
+    assert set(metrics) == {"true scenes, autoencoded", "student", "teacher, 2 steps", "teacher, 28 steps, w = 7"}
     student = pipeline.load_pipeline(two_steps)
+    assert report.known_measures(two_steps, pipeline.TINY) == {pipeline.Sampler(student, {}).key(): metrics["student"]}
     assert student.sigmas().tolist() == [1, 0.75, 0] and student.guidance() == 1
     assert not list(two_steps.rglob("*.part"))
 
