@@ -210,7 +210,8 @@ def t5_settings(source):
         layer_norm_epsilon=source.number("layer_norm_epsilon", 1e-6, least=0),
         num_layers=source.depth("encoder.block.{}.layer.0.SelfAttention.q.weight"),
         d_ff=source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", dimensions=2)[0],
-        relative_attention_num_buckets=buckets)
+        relative_attention_num_buckets=buckets,
+        relative_attention_max_distance=int(source.number("relative_attention_max_distance", 128, least=buckets // 4)))
 
 
 def load_tokenizer(source):
@@ -251,7 +252,7 @@ def single_file_settings(text):
     """What the tensors do not show of the encoders, for the header of a single file."""
     names = {"clip_l": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
              "clip_g": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
-             "t5xxl": ("feed_forward_proj", "layer_norm_epsilon")}
+             "t5xxl": ("feed_forward_proj", "layer_norm_epsilon", "relative_attention_max_distance")}
     models = {"clip_l": text.clip_l, "clip_g": text.clip_g, "t5xxl": text.t5}
     return {f"{part}.{name}": getattr(model.config, name)
             for part, model in models.items() if model is not None for name in names[part]}

@@ -472,6 +472,7 @@ def test_damaged_settings(model, name, content):
 @pytest.mark.parametrize("name, settings", [
     ("transformer/config.json", {"num_attention_heads": 3}),
     ("transformer/config.json", {"num_attention_heads": "two"}),
+    ("text_encoder_3/config.json", {"relative_attention_max_distance": 8}),  # of 32 buckets, 8 lie below
     ("vae/config.json", {"norm_num_groups": 7}),
     ("vae/config.json", {"scaling_factor": 0}),
     ("vae/config.json", {"scaling_factor": 10**400}),
