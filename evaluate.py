@@ -38,7 +38,7 @@ from commandline import CommandLine, UserError
 from mmdit import load_mmdit
 from networks import fast_bf16
 from pictures import figure_for, picture_bytes, to_picture, write_picture
-from pipeline import DTYPES, TINY, Sampler, fake_folder, load_pipeline, open_sampler, split_model
+from pipeline import DTYPES, TINY, Sampler, fake_folder, open_sampler, split_model
 from prompts import read_prompts
 
 CLIP, VISION_MODEL = "openai/clip-vit-large-patch14", "facebook/dinov2-large"
@@ -422,7 +422,7 @@ def every_range(args, pipeline, nodes, errors):
 def score(args):
     """Teacher, guided teacher and fake score beside the truth (truth.py), as a table and a plot."""
     dtype = DTYPES[args.dtype]
-    teacher, (student, _) = load_pipeline(TINY, args.device, dtype), open_sampler(args.model, args.device, dtype)
+    teacher, student = (open_sampler(path, args.device, dtype).pipeline for path in (TINY, args.model))
     check_scenes(args.model, student)
     fake, recipe = load_mmdit(fake_folder(args.model), args.device, dtype), student.carried("training")
     found = truth.compare(teacher, student, fake, args.captions, args.pool, 16, recipe["guidance"],

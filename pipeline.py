@@ -147,8 +147,8 @@ class Sampler(NamedTuple):
         """How it is sampled, as text: the levels, guidance and cached blocks that its options come to."""
         levels = self.options["sigmas"] if "sigmas" in self.options else self.pipeline.sigmas(self.options.get("steps"))
         cached = self.pipeline.cache and self.pipeline.cache.blocks
-        return json.dumps({"sigmas": [round(level, 6) for level in levels.tolist()], "cache": cached,
-                           "guidance": self.options.get("guidance", self.pipeline.guidance())})
+        guidance = float(self.options.get("guidance", self.pipeline.guidance()))
+        return json.dumps({"sigmas": [round(x, 6) for x in levels.tolist()], "cache": cached, "guidance": guidance})
 
     def images(self, prompts, seeds):
         """One image for each pair, (N, 3, H, W) in [-1, 1], on the CPU."""
