@@ -224,12 +224,11 @@ def stage1(args):
         guided = (batch.student.sigma <= args.alpha).float().mean()  # of the samples of this iteration
         return {**fake_loss, **student_loss, "norm": norm, "guided": guided}
 
+    of_teacher = partial(Sampler, teacher, folder=args.model)
     samplers = {
         "student": Sampler(replace(teacher, mmdit=student), {"sigmas": windows.nodes, "guidance": 1.0}),
-        f"teacher, 28 steps, w = {args.guidance:g}": Sampler(teacher, {"steps": 28, "guidance": args.guidance},
-                                                             args.model),
-        f"teacher, {args.steps} steps": Sampler(teacher, {"sigmas": windows.nodes, "guidance": args.guidance},
-                                                args.model)}
+        f"teacher, 28 steps, w = {args.guidance:g}": of_teacher({"steps": 28, "guidance": args.guidance}),
+        f"teacher, {args.steps} steps": of_teacher({"sigmas": windows.nodes, "guidance": args.guidance})}
     run = Run(args, "stage 1", dict(zip(("student", "fake"), learned)), optimizers)
     distil(args, run, iterate, samplers, prompts, args.model, fake)
 

@@ -32,15 +32,15 @@ def stage2(two_steps, tmp_path):
 def refined(two_steps, tmp_path_factory):
     """A Stage II run of two turns of each side, warm-up included; its reference is the Stage I student.
 
-    What that one scored is changed, in the reference's copy: so it shows whether it is measured again.
+    What that one scored is changed, in a copy of it: so it shows whether either is measured again.
     """
     runs = tmp_path_factory.mktemp("runs")
-    shutil.copytree(two_steps, runs / "reference")
+    shutil.copytree(two_steps, runs / "stage1")
     known = json.loads((two_steps / "measures.json").read_text())
     for measures in known["measures"].values():
         measures["coverage"]["mean"] = [0.125, 0.0]
-    (runs / "reference" / "measures.json").write_text(json.dumps(known))
-    quick_train.run("--stage", 2, "--student", two_steps, "--reference", runs / "reference", "--iterations", 4,
+    (runs / "stage1" / "measures.json").write_text(json.dumps(known))
+    quick_train.run("--stage", 2, "--student", runs / "stage1", "--reference", runs / "stage1", "--iterations", 4,
                     "--out", runs / "stage2", "--cache", "2-5", *SOON, "alone=0")
     return runs / "stage2"
 
@@ -53,8 +53,8 @@ def test_a_run_leaves_log_sheets_metrics_and_a_student_that_carries_its_cache(re
     metrics = json.loads((refined / "metrics.json").read_text())
     assert list(metrics) == ["true scenes, autoencoded", "Stage I student", "Stage I, plain re-use", "student",
                              "reference"]
-    assert metrics["reference"]["coverage"]["mean"] == [0.125, 0.0]  # not measured again, nor is Stage I's
-    assert metrics["Stage I student"] == json.loads((two_steps / "metrics.json").read_text())["student"]
+    again = {name for name, measures in metrics.items() if measures["coverage"]["mean"] != [0.125, 0.0]}
+    assert again == {"true scenes, autoencoded", "Stage I, plain re-use", "student"}  # the other two were measured
     student = pipeline.load_pipeline(refined)
     assert student.sigmas().tolist() == [1, 0.75, 0] and student.guidance() == 1 and student.cache.blocks == (2, 5)
     names = "transformer/diffusion_pytorch_model.safetensors"
