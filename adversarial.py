@@ -3,10 +3,12 @@
 The student is trained exactly as it samples: from pure noise, through all its steps, with cached blocks from the second
 step on, down to the decoded image. A discriminator tells that image from one that a slower reference generator makes of
 the same noise and prompt. It looks through a frozen ConvNeXt, at three of its feature maps and at its embedding of the
-image.
+image. Both turns, which train.stage2 writes out:
 
-One update is one side's turn: `generator_losses` or `discriminator_loss`. What they call stands below them: sampling,
-losses, the discriminator. All but the networks are pure functions.
+    generator        refine(student, …), decode, generator_loss(discriminator(image))
+    discriminator    the same image without gradient, the reference's image, discriminator_loss(…)
+
+The losses are pure functions.
 """
 
 from functools import partial
@@ -22,56 +24,16 @@ from torch.utils.checkpoint import checkpoint
 import flow
 import weights
 from cache import CachedSteps
+from mmdit import Residual
 
 REAL_LABEL = 0.8  # one-sided label smoothing (Salimans et al. 2016), in the generator's turn as well
 
 
-# --------------------------------------------------------------------------------------------------- one update
-
-def is_generator_turn(update, alone, ratio):
-    """Turns (Sec. 3.3): `alone` of the discriminator, then one of the generator, `ratio` of the discriminator, …"""
-    return update >= alone and (update - alone) % (1 + ratio) == 0
-
-
-def generator_turns(updates, alone, ratio):
-    """How many of the first `updates` updates were the generator's."""
-    return max(0, -(-(updates - alone) // (1 + ratio)))
-
-
-def generator_losses(student, cache, noise, nodes, cond, decode, discriminator=None, output_weight=0.0,
-                     feature_weight=0.0):
-    """The generator's turn (Sec. 3.3): its image is to convince -> {name: loss}, for the terms that are wanted.
-
-    student, cache           adapters or all weights, but for the cached blocks'; and the compensator (Cache, or None)
-    noise, nodes, cond       (B, C, H, W); σ_0 … σ_n; (context, pooled)
-    decode                   latents -> images (B, 3, H, W) in [-1, 1], with gradient: the frozen autoencoder's
-    discriminator            images -> logits, one tensor a level; None: no adversarial loss
-    …_weight                 of the two distillation terms that Fig. 13 compares with; 0, the paper's choice: none
-    """
-    latents, later_steps = refine(student, cache, noise, nodes, cond, distil=output_weight > 0 or feature_weight > 0)
-    losses = {}
-    if discriminator is not None:
-        losses["adversarial"] = multilevel_loss(discriminator(decode(latents)), REAL_LABEL)
-    if output_weight:
-        losses["output"] = output_weight * output_distillation(later_steps)
-    if feature_weight:
-        losses["feature"] = feature_weight * feature_distillation(later_steps)
-    return losses
-
-
-def discriminator_loss(student, cache, noise, nodes, cond, decode, discriminator, reference):
-    """The discriminator's turn (Sec. 3.3): real images to the label 0.8, the student's to 0.
-
-    reference(noise, cond) -> latents: a slower generator's sample of the same noise and prompt. The rest as above.
-    -> {"discriminator": its loss, "told apart": how well it does, without gradient}
-    """
-    with torch.no_grad():
-        fake = decode(refine(student, cache, noise, nodes, cond)[0])
-        real = decode(reference(noise, cond))
-    logits = discriminator(torch.cat([real, fake]))
-    of_real, of_fake = [level[:len(real)] for level in logits], [level[len(real):] for level in logits]
-    return {"discriminator": multilevel_loss(of_real, REAL_LABEL) + multilevel_loss(of_fake, 0.0),
-            "told apart": told_apart(of_real, of_fake)}
+def generator_turn(update, warmup, ratio):
+    """Whose turn an update is (Sec. 3.3): `warmup` of the discriminator, one of the generator, `ratio` of the
+    discriminator, one of the generator, … -> which of the generator's turns it is, from 0, or None."""
+    turn, rest = divmod(update - warmup, 1 + ratio)
+    return turn if turn >= 0 and rest == 0 else None
 
 
 # ------------------------------------------------------------------------------------- the student's own sampling
@@ -89,11 +51,14 @@ def refine(student, cache, noise, nodes, cond, distil=False):
     """The student's sample as it draws it (Sec. 3.3), with gradient through every step but the first.
 
     The first step runs all blocks and fills the cache; the steps after it use it (cache.CachedSteps). With two steps
-    this is the paper's; with more, the gradient also runs from each cached step into the one before.
+    this is the paper's method; with more, the gradient also runs from each cached step into the one before.
 
-    distil      whether the student also runs the whole of every later step, from the same state and without gradient,
-                to learn from (Fig. 13). The paper does not say whose step that is; the released code: its own.
-    -> x_0 (B, C, H, W), and a LaterStep for each step after the first, none unless they are to `distil`.
+    student, cache        all weights or adapters; a Cache or None
+    noise, nodes, cond    (B, C, H, W); σ_0 … σ_n, (n+1,); (context, pooled)
+    distil                also run the whole of every later step, from the same state and without gradient, to learn
+                          from (Fig. 13). The paper does not say whose step that is; in the released code, as here, it
+                          is the current student's own.
+    -> x_0 (B, C, H, W), and a LaterStep for each step after the first (an empty list without `distil`).
     """
     x, model, later_steps = noise, CachedSteps(student, cache), []
     for k, (sigma, sigma_next) in enumerate(zip(nodes[:-1], nodes[1:])):
@@ -101,31 +66,46 @@ def refine(student, cache, noise, nodes, cond, distil=False):
         with torch.set_grad_enabled(torch.is_grad_enabled() and k > 0):
             velocity = model(x, level, *cond)
         if distil and k > 0:
+            full = Residual(cache.blocks)
             with torch.no_grad():
-                full = student(x, level, *cond, cache.blocks)
-            later_steps.append(LaterStep(velocity, model.correction, *full))
+                full_velocity = student(x, level, *cond, full)
+            later_steps.append(LaterStep(velocity, model.corrected.streams, full_velocity, full.streams))
         x = flow.euler_step(x, velocity, sigma, sigma_next)
     return x, later_steps
 
 
 # --------------------------------------------------------------------------------------------------------- losses
 
+def generator_loss(logits):
+    """The generator's turn (Sec. 3.3): its images are to be taken for real. logits: a tensor a level."""
+    return multilevel_loss(logits, REAL_LABEL)
+
+
+def discriminator_loss(of_real, of_fake):
+    """The discriminator's turn (Sec. 3.3): real images to the label 0.8, the student's to 0. Logits: a tensor a level.
+    """
+    return multilevel_loss(of_real, REAL_LABEL) + multilevel_loss(of_fake, 0.0)
+
+
 def multilevel_loss(logits, label):
     """Binary cross-entropy of the logits with one label: mean over a level's batch and map, sum over levels.
 
-    With a label of 0.8 in the generator's turn, its gradient turns round once a logit is above ln 4 = 1.39: what
-    convinces is not pushed further.
+    With a label of 0.8 in the generator's turn, its gradient changes sign once a logit is above ln 4 = 1.39: an image
+    that convinces by more is pushed back.
     """
     return sum(F.binary_cross_entropy_with_logits(level.float(), torch.full_like(level, label, dtype=torch.float32))
                for level in logits)
 
 
 @torch.no_grad()
-def told_apart(of_real, of_fake):
-    """Share of all pairs of a real and a student's image that the logits tell apart, mean over levels. Blind: 0.5."""
-    shares = [(real.flatten(1).mean(1)[:, None] > fake.flatten(1).mean(1)).float().mean()
-              for real, fake in zip(of_real, of_fake, strict=True)]
-    return torch.stack(shares).mean()
+def auc(of_real, of_fake):
+    """Area under the ROC curve, mean over levels: how often a real image has a larger logit than a student's.
+
+    A discriminator that sees no difference has 0.5. Logits: a tensor a level, whose maps are averaged first.
+    """
+    differences = [real.flatten(1).mean(1)[:, None] - fake.flatten(1).mean(1)           # (B, B): all pairs
+                   for real, fake in zip(of_real, of_fake, strict=True)]
+    return torch.stack([difference.sign().mean() / 2 + 0.5 for difference in differences]).mean()
 
 
 def output_distillation(later_steps):
@@ -181,8 +161,8 @@ class Heads(nn.Module):
 class BlurPool(nn.Module):
     """A blur before a stride, against aliasing (Zhang 2019): the outer product of (1, 3, 3, 1) / 8, padded with zeros.
 
-    The stride is that of the convolution behind it, which has no padding: `rim` more zeros on each side are for that,
-    so that a 3×3 halves a map exactly. Released, as far as is known, is none: there a map of 16 becomes one of 7.
+    The stride is that of the convolution behind it, which has no padding of its own. `rim` more zeros on each side take
+    its place: with one, as released, a 3×3 convolution of stride 2 halves an even map exactly.
     """
 
     def __init__(self, rim=0):
@@ -274,7 +254,7 @@ def normalise(images):
 NORM_EPS = 1e-5
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-# -------------------------------------------------------------------------------------------------- load and save
+# -------------------------------------------------------------------------------------------------- load
 
 BACKBONE_FILE = "open_clip_model.safetensors"
 
@@ -282,23 +262,15 @@ BACKBONE_FILE = "open_clip_model.safetensors"
 def load_backbone(path, device="cpu", dtype=torch.float32):
     """The image tower in an `open_clip_model.safetensors`, in a folder that holds one, or of a Hugging Face repository.
 
-    Sizes are read off the tensors; a text tower beside it is left alone. Raises UserError as mmdit.load_mmdit does.
+    Sizes are read off the tensors; a text tower beside it is ignored. Raises UserError as mmdit.load_mmdit does.
     """
-    folder = weights.find_component(path, "backbone")
+    folder = weights.find_component(weights.find_model(path, [BACKBONE_FILE]), "backbone")
     source = weights.NetworkFiles(folder / BACKBONE_FILE if (folder / BACKBONE_FILE).exists() else folder, "backbone")
-    stages = source.depth("trunk.stages.{}.blocks.0.gamma")
-    if stages != 4:
-        raise weights.UserError(f"{source.path}: holds no ConvNeXt of OpenCLIP (it has {stages} stages, not 4)")
+    if source.blocks != 4:
+        raise weights.UserError(f"{source.path}: holds no ConvNeXt of OpenCLIP (it has {source.blocks} stages, not 4)")
     with torch.device("meta"):
         network = ConvNeXt(
-            depths=[source.count(f"trunk.stages.{i}.blocks.{{}}.gamma") for i in range(stages)],
-            widths=[source.shape(f"trunk.stages.{i}.blocks.0.gamma", dimensions=1)[0] for i in range(stages)],
+            depths=[source.count(f"trunk.stages.{i}.blocks.{{}}.gamma") for i in range(4)],
+            widths=[source.shape(f"trunk.stages.{i}.blocks.0.gamma", dimensions=1)[0] for i in range(4)],
             embedding=source.shape("head.proj.weight", dimensions=2)[0])
     return weights.load_tensors(network, source, device, dtype).requires_grad_(False).eval()
-
-
-def save_backbone(network, folder, dtype=None):
-    """Write the image tower in OpenCLIP's layout to folder/backbone."""
-    state = {weights.PREFIXES["backbone"] + name: tensor.detach().to("cpu", dtype).contiguous()
-             for name, tensor in network.state_dict().items()}
-    weights.write_safetensors(Path(folder) / "backbone" / BACKBONE_FILE, state)

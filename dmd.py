@@ -5,114 +5,99 @@ that the student samples from at present. The student is moved along T - F: away
 towards where the teacher's are. Each of its n steps owns a window of noise levels, (σ_{k+1}, σ_k], in which T and F are
 compared (as in TDM, Luo et al. 2025); with one step this is plain DMD (Yin et al. 2024).
 
-`iteration` is the whole algorithm; what it calls stands below it. Everything is a pure function: networks are passed
-in, and so is all that is random. Step indices and noise levels stay on the CPU, where they decide what runs.
+One iteration, which train.stage1 writes out:
+
+    states, velocities = rollout(student, noise, nodes, cond)
+    fake_loss(fake, states, velocities, levels, cond)                      then backward and a step of F's optimiser
+    student_loss(student, fake, teacher, states, other_levels, cond, …)    then backward and a step of G's optimiser
+
+Everything is a pure function: networks are passed in, and so is all that is random.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
 
 import flow
 
 
-class Levels(NamedTuple):
-    """What is random in one of the two losses."""
+@torch.no_grad()
+def rollout(student, noise, nodes, cond):
+    """The student's own sampling (Sec. 3.2), from noise (B, C, H, W) at σ = 1 down its nodes (n+1,).
 
-    k: torch.Tensor         # (B,), int64: which of the student's steps, 0 … n-1
-    sigma: torch.Tensor     # (B,): the level at which it is compared, in the window of step k
-    noise: torch.Tensor     # (B, C, H, W): ε, which takes the student's sample up to that level
-
-
-class Batch(NamedTuple):
-    """What is random in one iteration, beside the prompts. k is drawn separately for the two losses."""
-
-    noise: torch.Tensor     # (B, C, H, W): where the student's sampling starts
-    steps: torch.Tensor     # (B,), int64: how many of its steps the two losses need
-    fake: Levels
-    student: Levels
+    -> the states x_{σ_k}, (n + 1, B, C, H, W), and the velocities v_k, (n, B, C, H, W).
+    """
+    states, velocities = [noise], []
+    for sigma, sigma_next in zip(nodes[:-1], nodes[1:]):
+        velocities.append(student(states[-1], sigma.expand(len(noise)), *cond))
+        states.append(flow.euler_step(states[-1], velocities[-1], sigma, sigma_next))
+    return torch.stack(states), torch.stack(velocities)
 
 
-def iteration(student, fake, teacher, batch, windows, cond, uncond, guidance, alpha):
-    """One iteration of Stage I (Sec. 3.2): yields the fake score's loss, then the student's.
+def fake_loss(fake, states, velocities, levels, cond):
+    """The fake score's loss (Sec. 3.2): F learns the student's present samples by flow matching.
 
-    Between the two, the caller moves the fake score along its loss, so that the student meets it as it is then.
+    fake                 called as network(x, sigma (B,), context, pooled) -> velocity like x
+    states, velocities   of `rollout`
+    levels               Levels, drawn uniformly from each window
+    cond                 (context, pooled) of the B prompts
+
+    As published (and in TDM), the clean estimate x̂0 and the noise in x_{σ_{k+1}} depend on each other, except in the
+    last step. So F is exactly a score only in the last step; in a linear Gaussian case with 2 steps, the fixed point of
+    Stage I is 5 % too wide.
+    """
+    x, v = of_step(states, levels.k), of_step(velocities, levels.k)                     # x_{σ_k} and v_k
+    x0 = flow.velocity_to_x0(x, v, levels.start)                                        # x̂0
+    x_end = flow.euler_step(x, v, levels.start, levels.end)                             # x_{σ_{k+1}}
+    z = flow.renoise(x_end, levels.end, levels.sigma, levels.noise)                     # x_σ
+    target = (z - x0) / flow.per_sample(levels.sigma, z)                                # the velocity from x̂0 to x_σ
+    return F.mse_loss(fake(z, levels.sigma, *cond), target)
+
+
+def student_loss(student, fake, teacher, states, levels, cond, uncond, guidance, alpha):
+    """The student's loss (Sec. 3.2): G's sample moves to where T would have it, and away from where F would.
 
     student, fake, teacher   called as network(x, sigma (B,), context, pooled) -> velocity like x
-    batch, windows           what is random (draw_batch); the noise levels of each step (step_windows)
+    states                   of `rollout`
+    levels                   Levels, drawn from each window by importance (Sec. 3.3)
     cond, uncond             (context, pooled) of the B prompts, and of one empty prompt
     guidance, alpha          w and α of Eq. (4)
     """
-    nodes, end = windows.nodes, windows.end
-    x, v = rollout(student, batch.noise, nodes, batch.steps, cond)                      # x_{σ_k} and v_k of all steps k
-
-    k, sigma, noise = batch.fake  # F learns the student's samples by flow matching
-    x_k, v_k = of_step(k, x), of_step(k, v)
-    x0 = flow.velocity_to_x0(x_k, v_k, nodes[k])                                        # the clean estimate x̂0
-    z = flow.renoise(flow.euler_step(x_k, v_k, nodes[k], end[k]), end[k], sigma, noise)  # x_{σ_{k+1}}, noised up to x_σ
-    target = (z - x0) / flow.per_sample(sigma, z)                                       # the velocity from x̂0 to x_σ
-    yield (fake(z, sigma, *cond) - target).square().mean()
-
-    k, sigma, noise = batch.student  # G learns where T and F, seeing its sample at x_σ, would each have it
-    x_k = of_step(k, x)
-    y = flow.euler_step(x_k, student(x_k, nodes[k], *cond), nodes[k], end[k])           # x_{σ_{k+1}}, the only gradient
+    x = of_step(states, levels.k)                                                       # x_{σ_k}
+    v = student(x, levels.start, *cond)                                                 # the only pass with gradient
+    y = flow.euler_step(x, v, levels.start, levels.end)                                 # x_{σ_{k+1}}
     with torch.no_grad():
-        z = flow.renoise(y, end[k], sigma, noise)                                       # x_σ
-        v_real = gated_velocity(teacher, z, sigma, cond, uncond, guidance, alpha)
-        y_real = flow.euler_step(z, v_real, sigma, end[k])
-        y_fake = flow.euler_step(z, fake(z, sigma, *cond), sigma, end[k])
-    yield student_loss(y, y_real, y_fake)
-
-
-@torch.no_grad()
-def rollout(student, noise, nodes, steps, cond):
-    """The student's own sampling (Sec. 3.2), from noise (B, C, H, W) at σ = 1 down its nodes (n+1,).
-
-    Sample i makes its first steps[i] steps and no more; after them its velocity is 0, so its state stays.
-    -> the states x_{σ_k}, (max steps + 1, B, C, H, W), and the velocities v_k, (max steps, B, C, H, W).
-    """
-    x, v = [noise], []
-    for k in range(int(steps.max())):
-        on = (steps > k).nonzero().flatten().to(noise.device, non_blocking=True)
-        velocity = student(x[k][on], nodes[k].expand(len(on)), *(part[on] for part in cond))
-        v.append(torch.zeros_like(noise).index_copy(0, on, velocity))
-        x.append(flow.euler_step(x[k], v[k], nodes[k], nodes[k + 1]))
-    return torch.stack(x), torch.stack(v)
-
-
-def of_step(k, states):
-    """k (B,), states (n, B, …) -> that of step k for each sample, (B, …)."""
-    k = k.to(states.device, non_blocking=True)
-    return states[k, torch.arange(len(k), device=states.device)]
+        z = flow.renoise(y, levels.end, levels.sigma, levels.noise)                     # x_σ
+        v_real = gated_velocity(teacher, z, levels.sigma, cond, uncond, guidance, alpha)
+        y_real = flow.euler_step(z, v_real, levels.sigma, levels.end)
+        y_fake = flow.euler_step(z, fake(z, levels.sigma, *cond), levels.sigma, levels.end)
+    return matching_loss(y, y_real, y_fake)
 
 
 def gated_velocity(teacher, x, sigma, cond, uncond, guidance, alpha):
     """Gated teacher guidance, Eq. (4): v_∅ + w (v_c - v_∅) where σ ≤ α, and v_c where σ > α.
 
     At high noise, where structure forms, strong guidance pins all samples to the main mode and diversity collapses:
-    there it is off. α is compared with the shifted σ. The unconditional pass runs for the guided samples only, in one
-    batch with the others.
+    there it is off. α is compared with the shifted σ.
     x (B, C, H, W), sigma (B,), cond = (context, pooled) of B samples, uncond of one -> (B, C, H, W).
     """
-    guided = ((sigma <= alpha) & (guidance != 1)).nonzero().flatten()                   # (U,), rows
-    on = guided.to(x.device, non_blocking=True)
-    both = (torch.cat([c, u.expand(len(on), *u.shape[1:])]) for c, u in zip(cond, uncond, strict=True))
-    velocity = teacher(torch.cat([x, x[on]]), torch.cat([sigma, sigma[guided]]), *both)  # (B + U, C, H, W)
-    velocity, uncond_velocity = velocity.split([len(x), len(on)])
-    return velocity.index_copy(0, on, flow.guide(uncond_velocity, velocity[on], guidance))
+    v_uncond, v_cond = flow.both_velocities(teacher, x, sigma, cond, uncond)
+    return torch.where(flow.per_sample(sigma, x) <= alpha, flow.guide(v_uncond, v_cond, guidance), v_cond)
 
 
-def student_loss(y, real, fake):
-    """The distribution-matching loss of samples y (B, C, H, W), given where real and fake score would have them.
+def matching_loss(y, real, fake):
+    """The distribution-matching loss of samples y, given where the real and the fake score would have them.
 
-    The target y* = y + real - fake is held constant, so the gradient with respect to y points along fake - real: the
-    difference of two scores, which is the gradient of the Kullback-Leibler divergence (DMD, Eq. 3), whatever the loss's
-    value.
-    Pseudo-Huber, sqrt(d² + h²) - h, with h in proportion to the size of the latent; each sample divided by mean
-    |y - real| over all of (C, H, W), so that noisy levels do not outweigh the others (the released code averages over
-    two of the three axes, a leftover of token-shaped latents).
+    The target y* = y + real - fake is held constant. The loss is a pseudo-Huber distance, sqrt(d² + h²) - h, with h in
+    proportion to the size of the latent. Its value means little. Its gradient is d / sqrt(d² + h²) with d = fake - real,
+    and because h is tiny, this is practically the *sign* of fake - real, element by element. (DMD's own gradient is
+    the difference itself.)
+    Each sample is divided by mean |y - real| over all of (C, H, W), so that noisy levels do not outweigh the others.
+    Deviation: the released code averages over two of the three axes, a leftover of token-shaped latents.
+    y, real, fake (B, C, H, W) -> ()
     """
     numel = y[0].numel()
     h = 1e-3 * (numel / (64 * 64 * 4)) ** 0.5
@@ -121,6 +106,11 @@ def student_loss(y, real, fake):
         weight = (y - real).abs().mean(dim=(1, 2, 3)).clamp(min=1e-4)                   # (B,); the floor avoids 0 / 0
     huber = ((y - target) ** 2 + h**2).sqrt() - h
     return (huber.mean(dim=(1, 2, 3)) / weight).mean()
+
+
+def of_step(states, k):
+    """states (n, B, …), k (B,) -> the state of step k for each sample, (B, …)."""
+    return states[k, torch.arange(len(k), device=k.device)]
 
 
 # ------------------------------------------------------------------------------------ levels: windows and density
@@ -147,38 +137,21 @@ def step_windows(n, shift, whole=False):
     return Windows(nodes, nodes[1:], grid, start, stop)
 
 
-def noised_sample(states, windows, sigma, noise):
-    """A student's sample as Stage I sees it at level σ (): the state after the step that owns σ, noised up (Sec. 3.2).
+class Levels(NamedTuple):
+    """What is random in one of the two losses, for each of B samples."""
 
-    states: of `rollout` -> (B, C, H, W)
-    """
-    k = int((windows.nodes[1:] >= sigma).sum())                                         # σ in (σ_{k+1}, σ_k]
-    return flow.renoise(states[k + 1], windows.end[k], sigma, noise)
-
-
-def draw_batch(size, shape, windows, density, generator):
-    """All that is random in an iteration (Sec. 3.2, 3.3) of `size` samples of `shape` (C, H, W), on the CPU -> Batch.
-
-    k is uniform; the student's level is drawn from `density` inside the window of k, the fake score's always uniformly.
-    The samples are in the order of the steps they need, so that neighbours run alike.
-    """
-    def draw_levels(density):
-        k = torch.randint(len(windows.start), (size,), generator=generator)
-        index = draw_index(density, windows.start[k], windows.stop[k], torch.rand(size, generator=generator))
-        return Levels(k, windows.grid[index], torch.randn(size, *shape, generator=generator))
-
-    noise = torch.randn(size, *shape, generator=generator)
-    fake, student = draw_levels(importance_density("uniform")), draw_levels(density)
-    steps = torch.maximum(fake.k + 1, student.k)  # F learns from the outcome of step k, G only starts from its state
-    order = steps.argsort(stable=True)
-    return of_each(lambda tensor: tensor[order], Batch(noise, steps, fake, student))
+    k: torch.Tensor         # (B,), int64: which of the student's steps, 0 … n-1
+    start: torch.Tensor     # (B,): σ_k, where that step starts
+    end: torch.Tensor       # (B,): σ_{k+1}, where it ends
+    sigma: torch.Tensor     # (B,): the level at which its result is compared
+    noise: torch.Tensor     # (B, C, H, W): ε, which takes the result up to that level
 
 
-def of_each(function, batch):
-    """A Batch with function(tensor) in place of each of its tensors."""
-    if isinstance(batch, torch.Tensor):
-        return function(batch)
-    return type(batch)(*(of_each(function, part) for part in batch))
+def draw_levels(windows, density, shape, generator):
+    """Levels for a batch of `shape` (B, C, H, W): k uniform, σ from `density` inside the window of step k (Sec. 3.3)."""
+    k = torch.randint(len(windows.start), shape[:1], generator=generator)
+    index = draw_index(density, windows.start[k], windows.stop[k], torch.rand(shape[0], generator=generator))
+    return Levels(k, windows.nodes[k], windows.end[k], windows.grid[index], torch.randn(shape, generator=generator))
 
 
 def draw_index(density, start, stop, u):

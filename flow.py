@@ -7,8 +7,7 @@ x0 and Gaussian noise ε,
 
     x_σ = (1 - σ) x0 + σ ε,        v = ε - x0,        and the network predicts v from (x_σ, σ, text).
 
-Every function takes σ as a tensor of shape (B,), or () for one level that all samples share. Levels stay on the CPU,
-where they decide what runs; the formulas bring them to the samples' device.
+Every function takes σ as a tensor of shape (B,), or () for one level that all samples share.
 """
 
 import torch
@@ -59,7 +58,7 @@ def sd3_sigmas(n, shift):
 
 def per_sample(sigma, x):
     """σ of shape (B,) or () as a tensor that multiplies x of shape (B, …)."""
-    sigma = torch.as_tensor(sigma, dtype=torch.float32).to(x.device, non_blocking=True)
+    sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
     return sigma.reshape(-1, *[1] * (x.ndim - 1)) if sigma.ndim else sigma
 
 
@@ -99,6 +98,15 @@ def guide(uncond, cond, guidance):
     return uncond + guidance * (cond - uncond)
 
 
+def both_velocities(model, x, sigma, cond, uncond):
+    """v_∅ and v_c of the states x (B, C, H, W), in one doubled batch.
+
+    sigma (B,); cond = (context (B, L, D), pooled (B, P)); uncond likewise, of B prompts or of one for all.
+    """
+    conds = [torch.cat([u.expand_as(c), c]) for u, c in zip(uncond, cond, strict=True)]
+    return model(torch.cat([x, x]), torch.cat([sigma, sigma]), *conds).chunk(2)
+
+
 def initial_noise(shape, seeds):
     """One latent of `shape` (C, H, W) per seed, drawn on the CPU in fp32: one seed gives one image on every device."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
@@ -111,18 +119,16 @@ def sample(model, noise, sigmas, cond, uncond=None, guidance=1.0, progress=False
     model     called as model(x, sigma (B,), context, pooled) -> velocity like x
     noise     (B, C, H, W)
     sigmas    (n+1,), decreasing, from 1 to 0
-    cond      (context (B, L, D), pooled (B, P)); `uncond` likewise, used when guidance > 1
+    cond      (context (B, L, D), pooled (B, P)); `uncond` likewise or of one prompt, used when guidance > 1
     Returns the latents x_0, (B, C, H, W).
     """
-    x, guided = noise, guidance > 1
-    if guided:  # one doubled batch a step rather than two calls
-        cond = [torch.cat([u, c]) for u, c in zip(uncond, cond, strict=True)]
+    x = noise
     steps = list(zip(sigmas[:-1], sigmas[1:]))
     for sigma, sigma_next in tqdm(steps, desc="sampling", disable=not progress, leave=False):
-        inputs = torch.cat([x, x]) if guided else x
-        velocity = model(inputs, sigma.expand(len(inputs)), *cond)
-        if guided:
-            uncond_velocity, cond_velocity = velocity.chunk(2)
-            velocity = guide(uncond_velocity, cond_velocity, guidance)
+        level = sigma.expand(len(x))
+        if guidance > 1:
+            velocity = guide(*both_velocities(model, x, level, cond, uncond), guidance)
+        else:
+            velocity = model(x, level, *cond)
         x = euler_step(x, velocity, sigma, sigma_next)
     return x

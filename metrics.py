@@ -1,9 +1,14 @@
-"""What a set of images is worth, from features or labels of them. Pure functions of tensors; no network, no file."""
+"""What a set of images is worth: Fréchet distance and, for official models, networks that judge pictures.
 
-import math
+Not part of the method. The networks come from transformers. A judge takes PIL pictures, a batch at a time.
+"""
 
-import numpy as np
 import torch
+import torch.nn.functional as F
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, CLIPModel
+
+import weights
+from pictures import picture_bytes
 
 
 def gaussian(features):
@@ -25,41 +30,67 @@ def frechet_distance(a, b):
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-def precision_recall(fake, real, neighbours=3):
-    """Improved precision and recall (Kynkäänniemi et al. 2019), sample by sample.
+# --------------------------------------------------------------------------------------------------------- judges
 
-    fake (N, D), real (M, D) -> bool (N,): which samples lie in the support of the real ones, and bool (M,), the other
-    way round; their means are precision and recall. The support is the union of balls around samples that reach to
-    their k-th nearest neighbour.
+def load_clip(path, device):
+    """A CLIP (Radford et al. 2021) of transformers, folder or Hugging Face id -> functions of pictures and of prompts.
+
+    Both give unit vectors (B, D). The CLIP score is 100 cos(picture, prompt). Scores of different CLIPs cannot be
+    compared, and the paper does not name its own. PickScore is the same of another CLIP, times its logit scale.
     """
-    radius_fake, radius_real = (torch.cdist(x, x).kthvalue(neighbours + 1, dim=1).values for x in (fake, real))
-    distance = torch.cdist(fake, real)                                                  # (N, M)
-    return (distance <= radius_real).any(1), (distance <= radius_fake[:, None]).any(0)
+    model, processor = load_network(CLIPModel, AutoProcessor, path, device)
+
+    @torch.no_grad()
+    def embed_pictures(pictures):
+        pixels = processor.image_processor(images=pictures, return_tensors="pt").to(device)
+        return F.normalize(model.get_image_features(**pixels).pooler_output.float(), dim=1).cpu()
+
+    @torch.no_grad()
+    def embed_prompts(prompts):
+        tokens = processor.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt",
+                                     max_length=model.config.text_config.max_position_embeddings).to(device)
+        return F.normalize(model.get_text_features(**tokens).pooler_output.float(), dim=1).cpu()
+
+    return embed_pictures, embed_prompts
 
 
-def pairwise_distance(features):
-    """Mean distance over all pairs, (…, N, D) -> (…). Of samples of one prompt: their diversity."""
-    n = features.shape[-2]
-    return torch.cdist(features, features).sum((-2, -1)) / (n * (n - 1))
+def load_vision_model(path, device):
+    """Any vision model of transformers with a pooled output, e.g. DINOv2 -> a function from pictures to (B, D).
 
-
-def entropy(values, choices):
-    """Normalised entropy of values (N,) int64 out of `choices` possible ones: 1 if uniform, 0 if always the same.
-
-    It has the correction (K' - 1) / 2N for the bias of the plug-in entropy, K' values seen (Miller 1955), so that a
-    uniform sampler scores 1 on average, and at times a little more.
+    The Fréchet distance in DINOv2's features follows human judgement better than in Inception's (Stein et al. 2023).
     """
-    counts = torch.bincount(values, minlength=choices).double()
-    plug_in = torch.special.entr(counts / len(values)).sum()
-    return (plug_in + (counts.count_nonzero() - 1) / (2 * len(values))).item() / math.log(choices)
+    model, processor = load_network(AutoModel, AutoImageProcessor, path, device)
+    model = getattr(model, "vision_model", model)  # of a CLIP, the half that sees
+
+    @torch.no_grad()
+    def features(pictures):
+        inputs = processor(images=pictures, return_tensors="pt").to(device)
+        return model(**inputs).pooler_output.flatten(1).float().cpu()
+
+    return features
 
 
-def bootstrap(statistic, n, draws=100, seed=0):
-    """A statistic of n samples and its standard error, by resampling with replacement (Efron 1979).
+def load_inception(file, device):
+    """The Inception of FID (Heusel et al. 2017) in TorchScript, NVIDIA's inception-2015-12-05.pt -> (B, 2048).
 
-    statistic(index) -> {name: float} of the samples at `index`, int64 (n,) -> {name: (value, standard error)}
+    It takes bytes and does its own resizing, as the original does.
     """
-    generator = torch.Generator().manual_seed(seed)
-    again = [statistic(torch.randint(n, (n,), generator=generator)) for _ in range(draws)]
-    return {name: (value, float(np.std([other[name] for other in again], ddof=1)))
-            for name, value in statistic(torch.arange(n)).items()}
+    with weights.library_errors(file, "be read as a TorchScript network"):
+        network = torch.jit.load(file, map_location=device).eval()
+
+    @torch.no_grad()
+    def features(pictures):
+        pixels = torch.stack([picture_bytes(picture) for picture in pictures])          # (B, 3, H, W), uint8
+        return network(pixels.to(device), return_features=True).float().cpu()
+
+    return features
+
+
+def load_network(kind, processor, path, device):
+    """A network of transformers in fp32 and what prepares its input; never from a pickle."""
+    with weights.library_errors(path, f"be opened by {kind.__name__}"):
+        model, report = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+        processor = processor.from_pretrained(path)
+    if report["missing_keys"]:
+        raise weights.UserError(f"{path}: tensor {min(report['missing_keys'])} is missing")
+    return model.to(device).requires_grad_(False).eval(), processor

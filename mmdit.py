@@ -38,39 +38,38 @@ class MMDiT(nn.Module):
             JointBlock(width, heads, hidden, qk_norm, dual=i in dual, last=i == depth - 1) for i in range(depth))
         self.final_layer = FinalLayer(width, patch * patch * channels)
 
-    def forward(self, latents, sigma, context, pooled, cached=None, residual=None):
+    def forward(self, latents, sigma, context, pooled, residual=None):
         """latents (B, C, H, W), sigma (B,) in [0, 1], context (B, L, D), pooled (B, P) -> velocity (B, C, H, W).
 
-        The block cache (1.x-Distill, Sec. 3.4): `cached` = (a, b) are the first and the last cached block. Alone, it
-        changes nothing, but the pass returns (velocity, Δ): Δ is what the blocks a to b have added to the two streams,
-        a pair (B, N, width), (B, L, width). With a `residual` Δ as well, these blocks do not run: Δ is added instead.
+        residual    a Residual, for the block cache (1.x-Distill, Sec. 3.4). An empty one is filled with what its blocks
+                    add to the two streams. With a filled one these blocks do not run: its content is added instead.
         """
         h, w = self.grid_size(*latents.shape[-2:])
-        # that of the weights; the caller's latents may stay in fp32, and with autocast so do the streams
+        # without autocast, the dtype of the weights; with it, the streams stay in the dtype of the latents
         dtype = latents.dtype if torch.is_autocast_enabled(latents.device.type) else self.pos_embed.dtype
-        t = timestep_features(1000 * sigma).to(latents.device, dtype, non_blocking=True)  # (B, 256); σ is on the CPU
+        t = timestep_features(1000 * sigma).to(latents.device, dtype)                   # (B, 256)
         cond = self.t_embedder(t) + self.y_embedder(pooled.to(dtype))                   # (B, width)
         c = self.context_embedder(context.to(dtype)).to(dtype)                          # (B, L, width)
         x = self.x_embedder["proj"](latents.to(dtype)).flatten(2).transpose(1, 2)       # (B, N, width), N = h w
         x = x.to(dtype).contiguous() + self.crop_pos_embed(h, w)                        # (B, N, width)
-        first, last = cached or (None, None)
+        first, last = residual.blocks if residual else (None, None)
+        reuse = residual is not None and residual.streams is not None
         for i, block in enumerate(self.joint_blocks):
             if i == first:
                 x_before, c_before = x, c
-            if residual is not None and first <= i <= last:
+            if reuse and first <= i <= last:
                 if i == last:
-                    x, c = x + residual[0], c + residual[1]
+                    x, c = x + residual.streams[0], c + residual.streams[1]
                 continue
             if self.recompute and torch.is_grad_enabled():
                 block = partial(checkpoint, block, use_reentrant=False)
             x, c = block(x, c, cond)                                                    # (B, N, width), (B, L, width)
             if i == last:
-                delta = x - x_before, c - c_before
+                residual.streams = x - x_before, c - c_before
         x = self.final_layer(x, cond)                                                   # (B, N, p p C)
         x = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (h, w))           # (B, h, w, p, p, C)
         x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)                     # (B, C, h p, w p)
-        velocity = x.to(latents.dtype)
-        return velocity if cached is None or residual is not None else (velocity, delta)
+        return x.to(latents.dtype)
 
     def grid_size(self, height, width):
         """Tokens down and across for a latent of this size. Raises UserError where the network cannot take it."""
@@ -85,6 +84,17 @@ class MMDiT(nn.Module):
         top, left = (self.pos_max - h) // 2, (self.pos_max - w) // 2
         table = self.pos_embed.unflatten(1, (self.pos_max, self.pos_max))
         return table[:, top:top + h, left:left + w].flatten(1, 2)
+
+
+class Residual:
+    """Δ = h_after_b - h_before_a (1.x-Distill, Sec. 3.4): what the blocks a to b add to the two streams of tokens.
+
+    blocks      (a, b), the first and the last, counted from 0
+    streams     Δ of the image tokens (B, N, width) and of the text tokens (B, L, width); None while it is empty
+    """
+
+    def __init__(self, blocks, streams=None):
+        self.blocks, self.streams = blocks, streams
 
 
 class JointBlock(nn.Module):
@@ -235,7 +245,7 @@ def load_mmdit(path, device="cpu", dtype=torch.float32):
 
 def empty_mmdit(source):
     """A network of the size that the tensors of a file show, without memory for weights."""
-    depth = source.depth("joint_blocks.{}.x_block.attn.proj.weight")
+    depth = source.blocks
     width, channels, patch, _ = source.shape("x_embedder.proj.weight", dimensions=4)
     heads = source.heads(width)
     with torch.device("meta"):
@@ -247,12 +257,6 @@ def empty_mmdit(source):
             hidden=source.shape("joint_blocks.0.x_block.mlp.fc1.weight", dimensions=2)[0],
             qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in source,
             dual=[i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.proj.weight" in source])
-
-
-def read_shapes(path):
-    """{name: shape} of a transformer on disk, and what the header of its tensor file says; no weights are read."""
-    source = weights.NetworkFiles(path, "transformer")
-    return {name: tuple(tensor.shape) for name, tensor in empty_mmdit(source).state_dict().items()}, source.metadata
 
 
 def save_mmdit(model, folder, metadata=None, dtype=None, sample_size=128):

@@ -1,10 +1,9 @@
 """Many GPUs: one process for each, started by `torchrun --nproc_per_node=N train.py …`; one alone runs the same code.
 
-The global batch stays what was asked for. Every process draws all of its random numbers and takes its own rows, so that
-a decision which all must take alike (who runs how many passes?) needs no message. What is trained in full is sharded
-block by block by FSDP2; what is small (adapters, compensators, heads) every process has whole, and its gradients are
-averaged. States are written by torch.distributed.checkpoint as safetensors, each process its part; any number of
-processes reads them.
+The global batch stays what was asked for: every process draws the same random numbers and takes its own rows. What is
+trained in full is sharded block by block by FSDP2. What is small (adapters, compensators, heads) every process has
+whole, and its gradients are averaged. States are written by torch.distributed.checkpoint as safetensors, each process
+its part; any number of processes can read them.
 """
 
 import os
@@ -12,7 +11,6 @@ import shutil
 import warnings
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -22,18 +20,15 @@ from torch.distributed.tensor import DTensor
 
 import weights
 
-quiet = partial(warnings.catch_warnings, action="ignore", category=UserWarning)  # "torch.distributed is disabled", …
-TIMEOUT = timedelta(hours=1)  # of one process waiting for another; torchrun itself ends them all when one dies
-
 
 def start(device):
     """Join the other processes, if torchrun started this one. Returns its own device."""
-    if "LOCAL_RANK" not in os.environ:
+    if "RANK" not in os.environ:
         return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group(timeout=TIMEOUT)  # gloo for what is on the CPU, nccl for what is on a GPU
+    dist.init_process_group(timeout=timedelta(hours=1))  # gloo for what is on the CPU, nccl for what is on a GPU
     return device
 
 
@@ -46,14 +41,13 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_first():
     """Whether this process is the one that prints and writes."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def say(text):
-    if is_first():
-        print(text)
+    return rank() == 0
 
 
 def wait():
@@ -61,43 +55,18 @@ def wait():
         dist.barrier()
 
 
-def any_of(flags):
-    """Whether any flag of any process is set, so that all decide alike."""
-    found = torch.tensor(float(any(flags)))
-    if dist.is_initialized():
-        dist.all_reduce(found)
-    return found.item() > 0
-
-
-def loading_device(device):
-    """Where a network is loaded: on the CPU if it is to be shared out."""
-    return device if processes() == 1 else torch.device("cpu")
-
-
-def to_device(tensor, device):
-    """Noise and the like, without waiting; vectors (step indices, noise levels) stay on the CPU."""
-    return tensor.to(device, non_blocking=True) if tensor.ndim > 1 else tensor
-
-
-def share(things):
-    """This process's part of a list."""
-    return things[dist.get_rank()::processes()] if dist.is_initialized() else things
-
-
 # ------------------------------------------------------------------------------------------------ batch and gradients
 
-def micro_batches(batch, at_once=None):
-    """The rows of the global batch that each pass works on: `at_once` samples in each process.
+def micro_batches(batch, at_once):
+    """This process's rows of the global batch, `at_once` at a time (0: all): a list of index tensors.
 
-    Returns [(the rows of this process, the rows of all processes)]; a sorted batch stays sorted, and the rows of one
-    pass lie close together in it. Raises UserError where the batch cannot be divided so.
+    Raises UserError if the batch cannot be divided so.
     """
-    if batch % processes() or batch // processes() % (at_once or 1):
-        raise weights.UserError(f"a batch of {batch} cannot be shared out among {processes()} processes"
+    own = torch.arange(batch)[rank()::processes()]
+    if batch % processes() or len(own) % (at_once or 1):
+        raise weights.UserError(f"a batch of {batch} cannot be divided among {processes()} processes"
                                 + (f", {at_once} samples at once" if at_once else ""))
-    rows = torch.arange(batch).view(-1, at_once or batch // processes(), processes())
-    own = dist.get_rank() if dist.is_initialized() else 0
-    return [(part[:, own], part.flatten()) for part in rows]
+    return own.split(at_once or len(own))
 
 
 def average(tensors):
@@ -126,7 +95,7 @@ def clip_gradients(parameters, max_norm):
 # ------------------------------------------------------------------------------------------------------ FSDP2
 
 def shard(network, dtype, device):
-    """Share the weights of an MMDiT out among the processes, block by block (FSDP2); alone, leave it as it is.
+    """Share the weights of an MMDiT out among the processes, block by block (FSDP2); one alone leaves it as it is.
 
     A block's weights are gathered, in `dtype`, while it runs; gradients are reduced in fp32.
     """
@@ -136,51 +105,44 @@ def shard(network, dtype, device):
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in network.joint_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # its warning of outputs that are views: nothing here writes into one
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # of outputs that are views
     return fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def full(tensor):
-    """All of a tensor, sharded or not. If sharded, all processes must ask."""
+    """All of a tensor, sharded or not. If it is sharded, all processes must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def is_sharded(network):
-    return any(isinstance(p, DTensor) for p in network.parameters())
-
-
 def gather(network, sharded):
-    """Copy the weights of a sharded network to a plain one of the same shape, on the CPU. All processes must ask."""
-    target = network.state_dict()
+    """Copy the weights of a sharded network to a plain one, on the CPU of the first process. All processes must ask."""
+    target = network.state_dict() if is_first() else None
     for name, tensor in sharded.state_dict().items():
-        target[name].copy_(full(tensor.detach()))
+        tensor = full(tensor.detach())
+        if is_first():
+            target[name].copy_(tensor)
     return network
 
 
 # ------------------------------------------------------------------------------------------------- states of runs
 
 def save(folder, networks, optimizers, header):
-    """Write networks and optimisers, {name: …}, sharded or not, and a header (JSON with a `step`): whole or not at all.
+    """Write networks and optimisers, {name: …}, and a header (JSON with a `step`): whole or not at all.
 
-    `folder`/state.json holds the header and the name of the subfolder with the tensors. It changes once these are on
-    the disk, and the state before goes once the change is.
+    `folder`/state.json holds the header and the name of the subfolder with the tensors. It is replaced once these are
+    written, and only then the state before is deleted.
     """
     part = folder / f"state-{header['step']:06}"
     tensors = network_tensors(networks)
     for place, (optimizer, parameter) in optimizer_places(optimizers).items():
         tensors.update({place + name: value for name, value in optimizer.state[parameter].items()})
     if is_first():
-        shutil.rmtree(part, ignore_errors=True)  # of a run that ended while it wrote
+        shutil.rmtree(part, ignore_errors=True)  # left by a run that ended while it wrote
     wait()
     with checkpoint_errors(part, "be written as the state of the run"):
         checkpoint.save(tensors, storage_writer=checkpoint.HuggingFaceStorageWriter(str(part), save_distributed=True))
     if is_first():
-        with weights.disk_errors(part):
-            for path in (*part.iterdir(), part, folder):
-                weights.flush(path)
         weights.write_json(folder / "state.json", {**header, "tensors": part.name})
-        weights.flush(folder)
         for old in folder.glob("state-*"):
             if old != part:
                 shutil.rmtree(old)
@@ -193,8 +155,8 @@ def read_header(folder):
     return weights.read_json(file) if file.exists() else None
 
 
-def load(folder, networks, optimizers, offload):
-    """Fill networks and optimisers as `save` was given them. offload: the latter's states in the CPU's memory."""
+def load(folder, networks, optimizers):
+    """Fill networks and optimisers as `save` was given them."""
     part = folder / str(read_header(folder).get("tensors"))
     reader = checkpoint.HuggingFaceStorageReader(str(part))
     with checkpoint_errors(part, "be read as the state of a run"):
@@ -204,10 +166,10 @@ def load(folder, networks, optimizers, offload):
         place, _, name = name.rpartition("/")
         held.setdefault(place + "/", []).append(name)
     for place, (optimizer, parameter) in optimizer_places(optimizers).items():
-        if place in held:  # a parameter that was at rest has no state
-            empty = {name: torch.zeros((), device=parameter.device) if name == "step" else
-                     torch.zeros_like(parameter).detach() for name in held[place]}
-            optimizer.state[parameter] = {name: tensor.cpu() if offload else tensor for name, tensor in empty.items()}
+        if place in held:  # a parameter that has not moved yet has no state
+            optimizer.state[parameter] = {
+                name: torch.zeros((), device=parameter.device) if name == "step" else
+                torch.zeros_like(parameter).detach() for name in held[place]}
             tensors.update({place + name: tensor for name, tensor in optimizer.state[parameter].items()})
     with checkpoint_errors(part, "be read as the state of this run"):
         checkpoint.load(tensors, storage_reader=reader)
@@ -222,17 +184,17 @@ def network_tensors(networks):
     return tensors
 
 
-@contextmanager
-def checkpoint_errors(part, action):
-    """One clear line for what torch.distributed.checkpoint raises over a disk or a file."""
-    with weights.library_errors(part, action), quiet():
-        try:
-            yield
-        except checkpoint.CheckpointException as error:  # of one process or more; the first speaks for all
-            raise next(iter(error.failures.values()))[0] from error
-
-
 def optimizer_places(optimizers):
     """{place in the state: (optimiser, parameter)}."""
     return {f"{key}/{i}/": (optimizer, parameter) for key, optimizer in optimizers.items()
             for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+
+
+@contextmanager
+def checkpoint_errors(part, action):
+    """One clear line for what torch.distributed.checkpoint raises over a disk or a file; silence for its warnings."""
+    with weights.library_errors(part, action), warnings.catch_warnings(action="ignore", category=UserWarning):
+        try:
+            yield
+        except checkpoint.CheckpointException as error:  # of one process or more; the first speaks for all
+            raise next(iter(error.failures.values()))[0] from error

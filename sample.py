@@ -1,108 +1,68 @@
 """Sample images from an SD3 or a distilled student.
 
     python sample.py --prompt "a striped red circle on a gray background"
-
-`--explain` draws one picture of what each step knew and what Stage I would have told the student (explain.py).
-`--export` draws nothing, but writes the model in another layout.
+    python sample.py --model runs/stage1 --prompts prompts.txt --count 4 --out pictures
 """
 
-import sys
+from pathlib import Path
 
-import commandline
-import explain
+import torch
+
 import weights
-from commandline import CommandLine, UserError, find_device
-from mmdit import load_mmdit
-from pictures import sheet_path, write_images, write_picture
-from pipeline import (DTYPES, HEADER, TINY, fake_folder, load_pipeline, open_sampler, save_pipeline, save_single_file,
-                      split_model)
+from commandline import CommandLine, UserError, blocks, count, find_device, image_size, number, run_script, seed
+from pictures import contact_sheet, to_picture, write_picture
+from pipeline import DTYPES, TINY, load_pipeline
 from prompts import read_prompts
+
+ON_A_SHEET = 64  # images: at 1024² as many megapixels, and viewers refuse larger ones
 
 
 def main():
     parser = CommandLine(description="Sample images from an SD3 model or a distilled student.")
-    add = parser.add_argument_group("what to draw").add_argument
-    add("--model", default=str(TINY), help="file, folder or Hugging Face id (default: the tiny SD3); behind it "
-        "@cache=4-7: blocks 4 to 7, from 0, run in the first step only")
-    add("--prompt", type=commandline.utf8, action="append", default=[], help="may be given several times")
-    add("--prompts", metavar="FILE", help="prompts: .txt, .json, .jsonl, .csv or .tsv")
-    add("--negative", type=commandline.utf8, default="", metavar="TEXT", help="what guidance moves away from")
-    add("--count", type=commandline.count, default=1, help="images of each prompt (default: 1)")
-    add("--seed", type=commandline.seed, default=0, help="of a prompt's first image; the next count up (default: 0)")
-    add = parser.add_argument_group("how").add_argument
-    add("--steps", type=commandline.count, help="n; default: the model's own, 28 for a teacher")
-    add("--guidance", type=commandline.number(0), help="w; default: the model's own, 7 for a teacher")
-    add("--size", type=commandline.image_size, help="H or HxW in pixels (default: the model's own)")
-    add("--dtype", choices=DTYPES, help="default: fp32 on a CPU, bf16 on a GPU")
-    add("--device", help="default: cuda if there is one, else cpu")
-    add = parser.add_argument_group("what to write").add_argument
-    add("--out", type=commandline.output(".png"), default="samples", help="FILE.png, or a folder (default: samples)")
-    add("--explain", action="store_true", help="one picture that explains the sample of one prompt and seed")
-    add("--teacher", default=str(TINY), metavar="MODEL", help="of --explain (default: the tiny SD3)")
-    add("--export", type=commandline.output(".safetensors"), metavar="PATH", help="draw nothing, but write the model: "
-        "to FILE.safetensors in Stability's single-file layout (for ComfyUI), or to a folder in diffusers'")
+    add = parser.add_argument
+    add("--model", default=str(TINY), help="file, folder or Hugging Face id")
+    add("--prompt", action="append", default=[], help="may be given several times")
+    add("--prompts", metavar="FILE", help="prompts: .txt, .jsonl, .csv or .tsv")
+    add("--count", type=count, default=1, help="images of each prompt")
+    add("--seed", type=seed, default=0, help="of a prompt's first image; the next one has the next seed")
+    add("--steps", type=count, help="n; without it the model's own number, 28 for a teacher")
+    add("--guidance", type=number(0), help="w; without it the model's own, 7 for a teacher")
+    add("--cache", type=blocks, metavar="A-B", help="blocks from 0 that only the first step runs, re-used plainly; "
+        "none: all blocks run; without it the model's own")
+    add("--size", type=image_size, help="H or HxW in pixels; without it the model's own")
+    add("--dtype", choices=DTYPES, help="without it fp32 on a CPU, bf16 on a GPU")
+    add("--device", help="without it cuda if there is one, else cpu")
+    add("--out", type=Path, default=Path("samples"), help="FILE.png for one image, or a folder")
     args = parser.parse_args()
-    if args.export:
-        export(args)
-        return
 
     prompts = args.prompt + (read_prompts(args.prompts) if args.prompts else [])
-    if not prompts:
+    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.count)]
+    if not jobs:
         raise UserError("nothing to draw: give --prompt TEXT or --prompts FILE")
-    weights.check_writable(sheet_path(args.out))
+    single = bool(args.out.suffix) and not args.out.is_dir()
+    if single and (args.out.suffix.lower() != ".png" or len(jobs) > 1):
+        raise UserError(f"--out {args.out}: give FILE.png for one image, or a folder")
+    weights.check_writable(args.out.parent if single else args.out)
     device = find_device(args.device)
     dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-    sampler = open_sampler(args.model, device, dtype)
-    if args.explain:
-        print(draw_explanation(args, sampler, prompts, device, dtype))
-        return
-    given = {name: value for name in ("steps", "guidance") if (value := getattr(args, name)) is not None}
-    sampler.options.update(given, size=args.size, negative=args.negative, progress=True)
+    pipeline = load_pipeline(args.model, device, dtype).sampled_with(args.steps, args.guidance, args.cache)
 
-    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.count)]
-    batch = sampler.pipeline.batch(args.size)
-    images = (image for i in range(0, len(jobs), batch) for image in sampler.images(*zip(*jobs[i:i + batch])))
-    for path in write_images(images, args.out, jobs, columns=args.count):
-        print(path)
-
-
-def draw_explanation(args, sampler, prompts, device, dtype):
-    """Write the picture of explain.py; returns its path."""
-    student = sampler.pipeline
-    if len(prompts) > 1 or args.count > 1:
-        raise UserError("--explain is for one prompt and one seed")
-    if args.steps or args.guidance is not None or args.size or args.negative or sampler.options:
-        raise UserError("--explain shows a student as it samples by itself: leave out steps, guidance, size and "
-                        "negative prompt")
-    if student.carried("sigmas") is None:
-        raise UserError(f"{args.model}: --explain is for a student, which carries noise levels of its own")
-    fake = fake_folder(split_model(args.model)[0])
-    if not fake.exists():
-        print(f"note: {args.model} has no fake score, which Stage I leaves: the sheet is without", file=sys.stderr)
-    teacher = load_pipeline(args.teacher, device, dtype, text=student.text)
-    if teacher.latent_shape() != student.latent_shape():
-        raise UserError(f"{args.teacher} has other latents than {args.model}: name its teacher with --teacher")
-    picture = explain.explain(student, teacher, load_mmdit(fake, device, dtype) if fake.exists() else None, prompts[0],
-                              args.seed)
-    return write_picture(picture, sheet_path(args.out))
-
-
-def export(args):
-    """Write the model in the layout that the name asks for."""
-    path, (model, options) = args.export, split_model(args.model)
-    single = path.suffix.lower() == ".safetensors"
-    if options:
-        raise UserError(f"{args.model}: --export writes the model as it is; leave out what comes after the @")
-    weights.check_writable(path if single else path / "model_index.json")
-    if path.exists() and (single or any(path.iterdir())):
-        raise UserError(f"{path}: is there already")
-    pipeline = load_pipeline(model, dtype=DTYPES[args.dtype or "fp32"])
-    if single and pipeline.cache is not None:
-        print("note: a single file has no place for the compensator: all blocks run in every step", file=sys.stderr)
-    header = {name: pipeline.mmdit.metadata[name] for name in HEADER if name in pipeline.mmdit.metadata}
-    (save_single_file if single else save_pipeline)(pipeline, path, header)
-    print(path)
+    if not single and (args.out / "sheet.png").exists():  # the images of an older run, perhaps a longer one
+        for old in (*args.out.glob("[0-9][0-9][0-9].png"), args.out / "sheet.png"):
+            old.unlink()
+    shown, batch = [], pipeline.batch(args.size)
+    for i in range(0, len(jobs), batch):
+        images = pipeline.images(*zip(*jobs[i:i + batch]), size=args.size, progress=True)
+        for index, image in enumerate(images, i):
+            print(write_picture(to_picture(image), args.out if single else args.out / f"{index:03}.png"))
+        shown += images[:max(0, ON_A_SHEET - len(shown))]
+    if len(jobs) > 1:
+        columns = min(args.count, len(shown))
+        shown = shown[:len(shown) // columns * columns]
+        rows = [prompt for prompt, _ in jobs[:len(shown):columns]]
+        sheet = contact_sheet(torch.stack(shown), rows, [f"seed {args.seed + j}" for j in range(columns)])
+        print(write_picture(sheet, args.out / "sheet.png"))
 
 
 if __name__ == "__main__":
-    commandline.run_script(main)
+    run_script(main)

@@ -7,8 +7,6 @@ place.
 """
 
 import sys
-from functools import reduce
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +18,6 @@ import weights
 from commandline import UserError, one_line
 
 T5_LENGTH = 256    # tokens, as in diffusers and the paper; a tokenizer with a smaller maximum keeps its own
-EXTRA = 1000       # tokens beside a vocabulary, at most; T5 has 100
-SHOWN = 3          # prompts too long for a reader, whose lost end is shown
 ENCODERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2", "text_encoder_3": "tokenizer_3"}  # L, G, T5
 
 
@@ -36,12 +32,7 @@ class TextEncoders(nn.Module):
         self.clip_length = min(length for clip, tokenizer in zip((clip_l, clip_g), tokenizers) for length in (
             clip.config.max_position_embeddings, tokenizer.model_max_length))
         self.t5_length = min(T5_LENGTH, tokenizers[2].model_max_length) if t5 is not None else T5_LENGTH
-        self.cut = {"CLIP": set(), "T5": set()}  # the prompts that were too long for each
-
-    @property
-    def widths(self):
-        """Features of the context (D) and of the pooled text (P)."""
-        return self.context_width, self.clip_l.config.projection_dim + self.clip_g.config.projection_dim
+        self.warned = set()
 
     def forward(self, prompts):
         """A list of B prompts -> context (B, 77 + 256, D), pooled (B, P). The tiny SD3 has 14 + 13 tokens."""
@@ -63,30 +54,17 @@ class TextEncoders(nn.Module):
         return out.hidden_states[-2], out.text_embeds
 
     def token_ids(self, tokenizer, prompts, length, reader):
-        """Padded, truncated token ids (B, length). stderr shows what the first prompts that are too long lose."""
+        """Padded, truncated token ids (B, length). The first prompt that is too long for a reader is shown on stderr."""
         whole = tokenizer(prompts, padding="max_length", max_length=length, verbose=False).input_ids
-        for prompt, ids in zip(prompts, whole, strict=True):
-            if len(ids) > length and prompt not in self.cut[reader]:
-                self.cut[reader].add(prompt)  # once, though training reads a prompt often and both CLIPs cut it alike
-                if len(self.cut[reader]) <= SHOWN:
-                    lost = tokenizer.decode(ids[length - 1:], skip_special_tokens=True)
-                    print(f"warning: {reader} reads {length} tokens of this prompt of {len(ids)}; cut off: "
-                          f"\"{one_line(lost, 400)}\"",
-                          file=sys.stderr)
-                elif len(self.cut[reader]) == SHOWN + 1:
-                    print(f"warning: more prompts are too long for {reader}; they are cut and counted, but not shown",
-                          file=sys.stderr)
-        if any(len(ids) > length for ids in whole):
+        if max(map(len, whole)) > length:
+            if reader not in self.warned:
+                self.warned.add(reader)
+                ids = next(ids for ids in whole if len(ids) > length)
+                lost = tokenizer.decode(ids[length - 1:], skip_special_tokens=True)
+                print(f"warning: {reader} reads {length} tokens of a prompt; of this one of {len(ids)} it does not read: "
+                      f"\"{one_line(lost, 400)}\" (further prompts that are too long are cut silently)", file=sys.stderr)
             whole = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
         return torch.tensor(whole, device=next(self.parameters()).device)
-
-
-def check_widths(text, mmdit, path):
-    """Raise UserError where text encoders and transformer of a model do not go together."""
-    wanted = mmdit.context_embedder.in_features, mmdit.y_embedder.mlp[0].in_features
-    if text.widths != wanted:
-        raise UserError(f"{path}: its text encoders give {text.widths[0]} and {text.widths[1]} features, "
-                        f"its transformer reads {wanted[0]} and {wanted[1]}")
 
 
 # -------------------------------------------------------------------------------------------------------- load
@@ -94,105 +72,94 @@ def check_widths(text, mmdit, path):
 def load_text_encoders(path, device="cpu", dtype=torch.float32):
     """The text encoders of a diffusers folder, of a Stability file that has them, or of a Hugging Face repository id.
 
-    T5 may be absent. dtype None: each as it is stored. Raises UserError where anything else is missing, is damaged or
-    does not fit the rest.
+    T5 may be absent. dtype None: each as it is stored. Raises UserError where anything else is missing or damaged.
     """
     path = weights.find_model(path)
-    silence_transformers()
-    models, tokenizers = zip(*(load_encoder(path, name, dtype) for name in ENCODERS))
-    clip_l, clip_g, t5 = models
-    if t5 is not None:
-        width = t5.config.d_model
-    else:  # the tokens that the transformer reads are as wide
-        width = weights.NetworkFiles(path, "transformer").shape("context_embedder.weight", dimensions=2)[1]
-    l_width, g_width = clip_l.config.hidden_size, clip_g.config.hidden_size
-    if l_width + g_width > width:
-        raise UserError(f"{path}: its two CLIPs give {l_width} + {g_width} features, more than T5's {width}")
-    return TextEncoders(clip_l, clip_g, t5, tokenizers, width).to(device).requires_grad_(False).eval()
-
-
-def silence_transformers():
-    """No progress bars and no reports of several lines on stderr: `weights` says what is wrong with a file."""
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # weights.py says what is wrong with a file, in one line
+    source = weights.NetworkFiles(path, "transformer")
+    context_width = source.shape("context_embedder.weight", dimensions=2)[1]  # T5 is as wide
+    pooled_width = source.shape("y_embedder.mlp.0.weight", dimensions=2)[1]
+    load = load_from_file if path.is_file() else load_from_folder
+    clip_l, clip_g, t5 = (load(path, name, dtype) for name in ENCODERS)
+    for name, model in zip(ENCODERS, (clip_l, clip_g, t5)):
+        for key, tensor in model.state_dict().items() if model is not None else ():
+            weights.check_finite(f"{path}: {name}", key, tensor)
+    tokenizers = [load_tokenizer(path, name, model) for name, model in zip(ENCODERS, (clip_l, clip_g, t5))]
+    if t5 is not None and t5.config.d_model != context_width or \
+            clip_l.config.hidden_size + clip_g.config.hidden_size > context_width or \
+            clip_l.config.projection_dim + clip_g.config.projection_dim != pooled_width:
+        raise UserError(f"{path}: its text encoders and its transformer do not go together")
+    return TextEncoders(clip_l, clip_g, t5, tokenizers, context_width).to(device).requires_grad_(False).eval()
+
+
+def load_from_folder(path, name, dtype):
+    """The encoder `name` of a diffusers folder, opened by transformers; None for a T5 that is absent."""
+    kind, folder = T5EncoderModel if name == "text_encoder_3" else CLIPTextModelWithProjection, path / name
+    if not folder.is_dir():
+        listed = weights.read_json(path / "model_index.json").get(name, [None])
+        if name == "text_encoder_3" and listed[0] is None:
+            return None
+        raise UserError(f"{path}: a model without {name}/ cannot read prompts")
+    shard = weights.find_shards(folder)[0]
+    with weights.open_safetensors(shard) as file:
+        stored = file.get_tensor(next(iter(file.keys()))).dtype
+    with weights.library_errors(folder, "be read as a text encoder"):
+        model, report = kind.from_pretrained(
+            folder, dtype=dtype or stored, use_safetensors=True, variant="fp16" if ".fp16" in shard.name else None,
+            ignore_mismatched_sizes=True, output_loading_info=True)
+    for problem in ("missing", "unexpected", "mismatched"):
+        for key in set(report[f"{problem}_keys"]) - set(HARMLESS):
+            raise UserError(f"{folder}: tensor {key} is {problem}")
+    return model
 
 
 IN_FILE = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
-MAKERS = {"text_encoder": "openai/clip-vit-large-patch14", "text_encoder_2": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
-          "text_encoder_3": "google/t5-v1_1-xxl"}  # of tokenizers, if a single file has none beside it
 AGAIN = "encoder.embed_tokens.weight"  # T5's `shared.weight` under another name
 HARMLESS = (AGAIN, "logit_scale", "text_projection.weight", "text_model.embeddings.position_ids")  # in published files
 
 
-def load_encoder(path, name, dtype):
-    """The encoder `name` and its tokenizer, or (None, None) for a T5 that is absent. Sizes are read off the tensors."""
-    if not has_encoder(path, name):
-        return None, None
-    part, single = IN_FILE[name], path.is_file()
-    source = weights.NetworkFiles(path if single else path / name, part)
-    beside = (path.parent if single else path) / ENCODERS[name]
-    tokenizer = load_tokenizer(MAKERS[name] if single and not beside.is_dir() else beside)
-    # in a single file, CLIP-L's pooled state is used as it is, whatever projection is published with it
-    projected = not single or part != "clip_l" or source.metadata.get("clip_l_projected") == "True"
+def load_from_file(path, name, dtype):
+    """The encoder `name` in a Stability file; None for a T5 that is absent. Sizes are read off the tensors."""
+    part = IN_FILE[name]
+    with weights.open_safetensors(path) as file:
+        names = [key for key in file.keys() if key.startswith(weights.TEXT_PREFIX)]
+    if not any(key.startswith(weights.PREFIXES[part]) for key in names):
+        if name != "text_encoder_3":
+            raise UserError(f"{path}: holds no text encoders; use a file that includes them, or a diffusers folder")
+        known = tuple(weights.PREFIXES[each] for each in IN_FILE.values())
+        for key in names:
+            if not key.startswith(known) and not key.endswith("logit_scale"):
+                raise UserError(f"{path}: tensor {key} belongs to no text encoder")
+        return None
+    source = weights.NetworkFiles(path, part)
     kind = T5EncoderModel if part == "t5xxl" else CLIPTextModelWithProjection
-    settings = t5_settings(source) if part == "t5xxl" else clip_settings(source, part, tokenizer, projected)
-    with weights.library_errors(source.path, f"be read as {part}"):
-        config = kind.config_class(**settings)
+    with weights.library_errors(path, f"be read as {part}"):
+        config = kind.config_class(**(t5_settings(source) if part == "t5xxl" else clip_settings(source, part)))
         with torch.device("meta"):
             shapes = {key: list(tensor.shape) for key, tensor in kind(config).state_dict().items() if key != AGAIN}
-    if not projected:
+    if part == "clip_l":  # SD3 uses its pooled state as it is, whatever projection is published with it
         del shapes["text_projection.weight"]
     weights.check_tensors(source, shapes, HARMLESS)
-    state = {key: source.read(key).to(dtype=dtype, copy=True) for key in shapes}  # or the file would stay mapped, often
-    stored = reduce(torch.promote_types, (t.dtype if t.itemsize > 1 else torch.bfloat16 for t in state.values()))
-    if not projected:
-        state["text_projection.weight"] = torch.eye(config.projection_dim)
-    with weights.library_errors(source.path, f"be read as {part}"):
-        model = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or stored)
-    for key, tensor in model.state_dict().items():
-        weights.check_finite(source.path, key, tensor)
-    check_tokenizer(tokenizer, config.vocab_size)
-    return model if dtype else model.to(stored), tokenizer  # transformers keeps some of T5 in fp32
+    state = {key: source.read(key) for key in shapes}
+    stored = next((tensor.dtype for tensor in state.values() if tensor.itemsize > 1), torch.bfloat16)  # or fp8
+    state = {key: tensor.to(dtype or stored, copy=True) for key, tensor in state.items()}
+    if part == "clip_l":
+        state["text_projection.weight"] = torch.eye(config.projection_dim, dtype=dtype or stored)
+    return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or stored)
 
 
-def has_encoder(path, name):
-    """Whether a model has the encoder `name`: False for T5 only, and not where it should have one."""
-    part, is_t5 = IN_FILE[name], name == "text_encoder_3"
-    if path.is_file():
-        with weights.open_safetensors(path) as file:
-            names = [key for key in file.keys() if key.startswith(weights.TEXT_PREFIX)]
-        known = tuple(weights.PREFIXES[each] for each in IN_FILE.values())
-        lost = [key for key in names if not key.startswith(known) and not key.endswith("logit_scale")]
-        if any(key.startswith(weights.PREFIXES[part]) for key in names):
-            return True
-        if not is_t5:
-            raise UserError(f"{path}: holds no text encoders; use a file that includes them, or a diffusers folder")
-        if lost:
-            raise UserError(f"{path}: tensor {min(lost)} is of no text encoder, since T5's begin with "
-                            f"{weights.PREFIXES[part]}; to go without T5, take a file that has nothing of it")
-        return False
-    index = weights.model_index(path)
-    if is_t5 and (index[name] == weights.ABSENT if name in index else not (path / name).is_dir()):
-        return False
-    for folder in (name, ENCODERS[name]):
-        if not (path / folder).is_dir():
-            raise UserError(f"{path}: a model without {folder}/ cannot read prompts" + is_t5 * (
-                '; to go without T5, let model_index.json say "text_encoder_3": [null, null]'))
-    return True
-
-
-def clip_settings(source, part, tokenizer, projected):
+def clip_settings(source, part):
     """What a CLIPTextConfig takes."""
     vocabulary, width = source.shape("text_model.embeddings.token_embedding.weight", dimensions=2)
     return dict(
         vocab_size=vocabulary, hidden_size=width, num_attention_heads=source.heads(width),
-        hidden_act=source.config.get("hidden_act", "quick_gelu" if part == "clip_l" else "gelu"),
-        layer_norm_eps=source.number("layer_norm_eps", 1e-5, least=0),
-        projection_dim=source.shape("text_projection.weight", dimensions=2)[0] if projected else width,
+        hidden_act="quick_gelu" if part == "clip_l" else "gelu",
+        projection_dim=width if part == "clip_l" else source.shape("text_projection.weight", dimensions=2)[0],
         intermediate_size=source.shape("text_model.encoder.layers.0.mlp.fc1.weight", dimensions=2)[0],
-        num_hidden_layers=source.depth("text_model.encoder.layers.{}.mlp.fc1.weight"),
+        num_hidden_layers=source.blocks,
         max_position_embeddings=source.shape("text_model.embeddings.position_embedding.weight", dimensions=2)[0],
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1)
 
 
 def t5_settings(source):
@@ -200,69 +167,41 @@ def t5_settings(source):
     vocabulary, width = source.shape("shared.weight", dimensions=2)
     attention = "encoder.block.0.layer.0.SelfAttention."
     buckets, heads = source.shape(attention + "relative_attention_bias.weight", dimensions=2)
-    rows, _ = source.shape(attention + "q.weight", dimensions=2)
-    if rows % heads:
-        raise UserError(f"{source.path}: tensor {source.prefix}{attention}q.weight has {rows} rows, no multiple of "
-                        f"{heads} heads")
     return dict(
-        vocab_size=vocabulary, d_model=width, num_heads=heads, d_kv=rows // heads,
-        feed_forward_proj=source.config.get("feed_forward_proj", "gated-gelu"),
-        layer_norm_epsilon=source.number("layer_norm_epsilon", 1e-6, least=0),
-        num_layers=source.depth("encoder.block.{}.layer.0.SelfAttention.q.weight"),
+        vocab_size=vocabulary, d_model=width, num_heads=heads, feed_forward_proj="gated-gelu",
+        d_kv=source.shape(attention + "q.weight", dimensions=2)[0] // heads, num_layers=source.blocks,
         d_ff=source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", dimensions=2)[0],
         relative_attention_num_buckets=buckets,
-        relative_attention_max_distance=int(source.number("relative_attention_max_distance", 128, least=buckets // 4)))
+        relative_attention_max_distance=int(source.number("relative_attention_max_distance", 128)))
 
 
-def load_tokenizer(source):
-    """A tokenizer, from a folder or a Hugging Face repository."""
-    file = Path(source) / "tokenizer_config.json"
-    extra = weights.read_json(file).get("extra_ids") if file.exists() else 0  # of T5, for which it makes a list
-    if isinstance(extra, int) and extra > EXTRA:
-        raise UserError(f"{file}: extra_ids = {extra}, more than {EXTRA}")
-    with weights.library_errors(source, "be read as a tokenizer"):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+TOKENIZERS = "stabilityai/stable-diffusion-3-medium-diffusers"  # for single files, which have none
 
 
-def check_tokenizer(tokenizer, known):
-    """Raise UserError where a tokenizer isn't that of an encoder of so many `known` tokens.
+def load_tokenizer(path, name, model):
+    """The tokenizer of the encoder `name`: in a model's folder, beside a single file, or SD3-Medium's.
 
-    Without its files, transformers makes an empty one.
+    SD3 pads CLIP-G with token 0, "!", wherever its tokenizer comes from: the one that CLIP-G was published with pads
+    with its end token.
     """
-    longest, words = tokenizer.model_max_length, tokenizer.get_vocab()
-    with weights.library_errors(tokenizer.name_or_path, "be used as a tokenizer"):
-        largest = max(*words.values(), *tokenizer("a").input_ids)
-    if (not known / 2 < len(words) <= known or largest >= known or not isinstance(longest, int) or longest < 2
-            or None in (tokenizer.pad_token, tokenizer.eos_token)):
-        raise UserError(f"{tokenizer.name_or_path}: no tokenizer of its encoder: {len(words)} tokens up to {largest}, "
-                        f"where that one knows {known}; {tokenizer.pad_token} as padding, {tokenizer.eos_token} as the "
-                        f"end; at most {longest} tokens a prompt")
+    if model is None:
+        return None
+    folder = path.parent if path.is_file() else path
+    if path.is_file() and not (folder / ENCODERS[name]).is_dir():
+        folder = weights.find_model(TOKENIZERS, [f"{tokenizer}/*" for tokenizer in ENCODERS.values()])
+    folder = folder / ENCODERS[name]
+    with weights.library_errors(folder, "be read as a tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        words = len(tokenizer)
+    known = model.config.vocab_size
+    if not known / 2 < words <= known:  # without its files, transformers makes an empty one
+        raise UserError(f"{folder}: a tokenizer of {words} tokens does not fit an encoder of {known}")
+    if name == "text_encoder_2":
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
 
 
 # -------------------------------------------------------------------------------------------------------- save
-
-def single_file_tensors(text):
-    """The encoders' tensors under the names of Stability's single file, without its prefix."""
-    models = {"clip_l": text.clip_l, "clip_g": text.clip_g, "t5xxl": text.t5}
-    return {f"{name}.transformer.{key}": tensor for name, model in models.items() if model is not None
-            for key, tensor in model.state_dict().items() if key != AGAIN}
-
-
-def single_file_settings(text):
-    """What the tensors do not show of the encoders, for the header of a single file."""
-    names = {"clip_l": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
-             "clip_g": ("hidden_act", "layer_norm_eps", "num_attention_heads"),
-             "t5xxl": ("feed_forward_proj", "layer_norm_epsilon", "relative_attention_max_distance")}
-    models = {"clip_l": text.clip_l, "clip_g": text.clip_g, "t5xxl": text.t5}
-    return {f"{part}.{name}": getattr(model.config, name)
-            for part, model in models.items() if model is not None for name in names[part]}
-
-
-def save_tokenizers(text, folder):
-    for tokenizer, name in zip(text.tokenizers, ENCODERS.values()):
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder / name)
-
 
 def save_text_encoders(text, folder):
     """Write the encoders and tokenizers in the diffusers layout, `folder`/text_encoder, `folder`/tokenizer, …
@@ -270,10 +209,10 @@ def save_text_encoders(text, folder):
     Each keeps its dtype in the file, but its settings say fp32: transformers opens it in that, as diffusers does the
     rest, and a mixture does not run.
     """
-    silence_transformers()
-    for model, name in zip((text.clip_l, text.clip_g, text.t5), ENCODERS):
+    for model, tokenizer, name in zip((text.clip_l, text.clip_g, text.t5), text.tokenizers, ENCODERS):
         if model is not None:
-            model.save_pretrained(folder / name)
+            with weights.library_errors(folder / name, "be written"):
+                model.save_pretrained(folder / name)
+                tokenizer.save_pretrained(folder / ENCODERS[name])
             config = folder / name / "config.json"
             weights.write_json(config, {**weights.read_json(config), "dtype": "float32"})
-    save_tokenizers(text, folder)

@@ -176,14 +176,11 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     file, where they say. Raises UserError as mmdit.load_mmdit does.
     """
     source = weights.NetworkFiles(path, "vae")
-    levels = source.depth("encoder.down.{}.block.0.conv2.weight")
-    widths = [source.shape(f"encoder.down.{i}.block.0.conv2.weight", dimensions=4)[0] for i in range(levels)]
+    widths = [source.shape(f"encoder.down.{i}.block.0.conv2.weight", dimensions=4)[0] for i in range(source.blocks)]
     groups = source.number("norm_num_groups", 32)
     scale, shift = source.number("scaling_factor", 1.5305), source.number("shift_factor", 0.0609)
-    if groups < 1 or groups % 1 or any(width % groups for width in widths):
-        raise UserError(f"{source.path}: {widths} channels cannot be normed in {groups:g} groups")
-    if scale == 0:
-        raise UserError(f"{source.path}: latents cannot be scaled by 0")
+    if groups < 1 or groups % 1 or any(width % groups for width in widths) or scale == 0:
+        raise UserError(f"{source.path}: {groups:g} groups of {widths} channels or a scale of {scale:g} make no sense")
     layers = source.count("encoder.down.0.block.{}.conv1.weight")
     channels = source.shape("decoder.conv_in.weight", dimensions=4)[1]
     with torch.device("meta"):

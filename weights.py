@@ -5,22 +5,15 @@ table, `diffusers_names`, serves loading and saving. A network is built without 
 by tensor, each read only when its turn comes: the peak is the finished network plus one tensor.
 """
 
-import hashlib
 import json
-import math
 import os
 import re
-import secrets
-import struct
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from huggingface_hub import errors as hub
-from filelock import FileLock, Timeout
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
@@ -29,58 +22,24 @@ from commandline import UserError, one_line
 
 # ------------------------------------------------------------------------------------------------- finding files
 
-PUBLISHED_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]  # what a model repository is asked for: no pickles
 COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2",
-              "tokenizer_3", "scheduler", "compensator", "backbone")  # folders of a model
-HUB_ERRORS = (OSError, ValueError, hub.HTTPError, hub.EntryNotFoundError, hub.XetDownloadError)
+              "tokenizer_3", "scheduler")  # folders of a model
+MODEL_FILES = ["model_index.json", *(f"{name}/*" for name in COMPONENTS)]
 
 
-def find_model(path):
-    """A local file or folder as it is; any other `owner/name` is a Hugging Face repository, fetched into its cache."""
+def find_model(path, files=MODEL_FILES):
+    """A local file or folder as it is. Any other `owner/name` is a Hugging Face repository, fetched into its cache.
+
+    Of a repository only `files` are fetched: by default the folders of the components, in one variant, and no pickles.
+    The same weights often lie beside them in another form.
+    """
     if os.path.exists(path):
         return Path(path)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise UserError(f"{path}: no such file or folder")
-    try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=PUBLISHED_FILES))
-    except HUB_ERRORS as error:  # the network, the login, the licence
-        raise UserError(f"{path}: neither a local path nor a Hugging Face repository that can be fetched "
-                        f"({in_short(error)})") from error
-
-
-def in_short(error):
-    """The beginning of what a library says, on one line."""
-    return one_line(str(error) or type(error).__name__, 200)
-
-
-def identity(path, *more):
-    """What a model is, as 12 hexadecimal digits: a hash of its files as they are, wherever they lie.
-
-    Of large files, the length and 64 samples of 4 KB: training changes all of a network. `more`: what else matters.
-    """
-    path = find_model(path)
-    index = model_index(path)
-    folders = [path / name for name in COMPONENTS if index.get(name) != ABSENT] + [path] * (not index)
-    files = [path] if path.is_file() else [file for folder in folders if folder.is_dir() for file in folder.iterdir()
-                                           if file.is_file()]
-    digest = hashlib.sha256(repr(more).encode())
-    for file in sorted(files):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)} {size}".encode())
-        with open(file, "rb") as opened:
-            for i in range(64) if size > 64 * 4096 else [0]:
-                opened.seek(i * (size // 64))
-                digest.update(opened.read(4096 if size > 64 * 4096 else size))
-    return digest.hexdigest()[:12]
-
-
-ABSENT = [None, None]  # what model_index.json says of a component that the model goes without
-
-
-def model_index(path):
-    """What a diffusers folder says of its components, {name: [library, class]}; {} of anything else."""
-    file = path / "model_index.json"
-    return read_json(file) if file.exists() else {}
+    with library_errors(path, "be found here, nor fetched from Hugging Face"):  # the network, the login, the licence
+        return Path(huggingface_hub.snapshot_download(
+            str(path), allow_patterns=files, ignore_patterns=["*.fp16*", "*.bin", "*.pt", "*.msgpack", "*.onnx*"]))
 
 
 def find_component(path, name):
@@ -97,74 +56,50 @@ def find_shards(path):
     """The safetensors files that make up one network: a single file, or the parts in a folder, if need be in fp16."""
     if path.is_file():
         return [path]
-    with library_errors(path, "be read as a folder"):
-        files = {file.name for file in path.iterdir() if file.is_file()}
     for variant in ("", ".fp16"):
-        for name in CONVENTIONAL:
-            index, whole = f"{name}.safetensors.index{variant}.json", f"{name}{variant}.safetensors"
-            if index in files:
-                return read_index(path / index, files)
-            if whole in files:
-                return [path / whole]
-    others = sorted(name for name in files if name.endswith(".safetensors"))
-    if len(others) > 1:
-        raise UserError(f"{path}: which file is the network? Name one of them {CONVENTIONAL[0]}.safetensors: "
-                        f"{', '.join(others)}")
-    if not others:
-        raise UserError(f"{path}: no .safetensors file in this folder")
-    return [path / others[0]]
-
-
-CONVENTIONAL = ("diffusion_pytorch_model", "model", "open_clip_model")  # of diffusers, of transformers, of OpenCLIP
-
-
-def read_index(path, files):
-    """The shards that an index lists, which lie beside it among `files`."""
-    listed = read_json(path).get("weight_map")  # tensor -> file
-    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise UserError(f"{path}: cannot be read as an index of tensors (it has no weight_map)")
-    missing = set(listed.values()) - files
-    if missing:
-        raise UserError(f"{path}: lists {in_short(min(missing))}, which is not in this folder")
-    return [path.with_name(name) for name in sorted(set(listed.values()))]
+        for stem in ("diffusion_pytorch_model", "model", "open_clip_model"):  # diffusers, transformers, OpenCLIP
+            index = path / f"{stem}.safetensors.index{variant}.json"
+            if index.exists():
+                with library_errors(index, "be read as an index of tensors"):
+                    shards = [path / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+                for shard in shards:
+                    if not shard.exists():
+                        raise UserError(f"{index}: lists {shard.name}, which is not in this folder")
+                return shards
+            if (path / f"{stem}{variant}.safetensors").exists():
+                return [path / f"{stem}{variant}.safetensors"]
+    others = sorted(path.glob("*.safetensors"))
+    if len(others) != 1:
+        raise UserError(f"{path}: holds {len(others)} .safetensors files, and none with the usual name of a network")
+    return others
 
 
 def read_json(path):
-    try:
+    with library_errors(path, "be read as JSON"):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({in_short(error)})") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object")
     return value
 
 
-def parse_json(text, what):
-    """A list or the like from text in a file's header. `what` is named where it is no JSON."""
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{what} cannot be read as JSON ({in_short(error)})") from error
-
-
-def parse_number(value, what, least=-math.inf):
-    """A finite number above `least` from a file's settings. `what` is named where it is none."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not least < number < math.inf:
-        raise UserError(f"{what} = {in_short(repr(value))} is no number"
-                        + (f" above {least:g}" if least > -math.inf else ""))
-    return number
-
-
 def open_safetensors(path):
     """`safe_open` whose failures are one clear line."""
-    try:
+    with library_errors(path, "be read as a complete safetensors file"):
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+@contextmanager
+def library_errors(path, action, kinds=Exception):
+    """One clear line, "PATH: cannot {action}", for what a library raises over a user's file.
+
+    Only the library's own call belongs inside: a fault of ours keeps its traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(f"{path}: cannot {action} ({one_line(str(error) or type(error).__name__, 200)})") from error
 
 
 # ------------------------------------------------------------------------------------------------- both layouts
@@ -242,25 +177,23 @@ def swap_halves(name, tensor, blocks):
 FIRST_NAME = {"transformer": "x_embedder.proj.weight", "vae": "decoder.conv_in.weight",
               "backbone": "trunk.stem.0.weight", "clip_l": "text_model.embeddings.token_embedding.weight",
               "clip_g": "text_model.embeddings.token_embedding.weight", "t5xxl": "shared.weight"}
-BLOCK = r"(?:joint_blocks|transformer_blocks|stages|\.up|\.up_blocks|layers|encoder\.block)\.(\d{1,9})\."  # or level
+BLOCK = r"(?:joint_blocks|transformer_blocks|stages|\.up|\.up_blocks|layers|encoder\.block)\.(\d{1,3})\."  # or level
 TEXT_PREFIX = "text_encoders."
 PREFIXES = {"transformer": "model.diffusion_model.", "vae": "first_stage_model.",  # in Stability's files; may be absent
             "backbone": "visual.",                                                 # in OpenCLIP's
             **{name: f"{TEXT_PREFIX}{name}.transformer." for name in ("clip_l", "clip_g", "t5xxl")}}
 
 
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # the dtypes of weights, in safetensors' words
-
-
 class NetworkFiles:
     """The tensors of one network on disk, asked for by our (Stability's) names, whichever layout the files have.
 
     `config` is what is said beside them, in config.json or in a file's header (there as `clip_l.…` and the like).
+    `blocks` is how many transformer blocks, levels or stages they have.
     """
 
     def __init__(self, path, component):
         self.path = find_component(path, component)
-        self.files, self.shapes, self.metadata = {}, {}, {}  # the first two by their name
+        self.files, self.shapes, self.metadata = {}, {}, {}  # the first two by the tensors' names
         for shard in find_shards(self.path):
             with open_safetensors(shard) as file:
                 self.metadata.update(file.metadata() or {})
@@ -299,15 +232,8 @@ class NetworkFiles:
             n += 1
         return n
 
-    def depth(self, pattern):
-        """How many blocks, levels or stages there are. Raises UserError where one lacks its tensor `pattern`."""
-        found = self.count(pattern)
-        if found < self.blocks:
-            self.shape(pattern.format(found))  # raises the error
-        return found
-
     def shape(self, name, dimensions=None):
-        """Of our tensor `name`. Raises UserError where it is missing, has not so many `dimensions`, or an empty one."""
+        """The shape of our tensor `name`. Raises UserError if it is missing or does not have so many dimensions."""
         parts = []
         for their in self.their_names(name):
             if their not in self.files:
@@ -315,59 +241,31 @@ class NetworkFiles:
             parts.append(self.shapes[their])
             if parts[-1] != parts[0]:  # queries, keys and values are alike
                 raise UserError(f"{self.path}: tensor {their} has shape {parts[-1]}, expected {parts[0]}")
-            if dimensions is not None and (len(parts[0]) != dimensions or 0 in parts[0]):
-                raise UserError(f"{self.path}: tensor {their} has shape {parts[0]}, not {dimensions} sizes above 0")
+        if dimensions is not None and (len(parts[0]) != dimensions or 0 in parts[0]):
+            raise UserError(f"{self.path}: tensor {their} has shape {parts[0]}, not {dimensions} sizes above 0")
         return [len(parts) * n for n in parts[0][:1]] + parts[0][1:]
 
-    def number(self, name, default, least=-math.inf):
-        """A setting that is a number above `least`."""
-        return parse_number(self.config.get(name, default), f"{self.path}: {name}", least)
+    def number(self, name, default):
+        """A setting that is a number."""
+        with library_errors(self.path, f"be read: its setting {name} is not a number"):
+            return float(self.config.get(name, default))
 
     def heads(self, width):
-        """How many heads a `width` is shared out among. The tensors do not show it: of 64 channels each, as in SD3."""
-        heads = self.number("num_attention_heads", max(1, width // 64), least=0)
-        if heads % 1 or width % heads:
-            raise UserError(f"{self.path}: a width of {width} cannot be shared out among {heads:g} heads")
+        """How many heads a `width` is divided into. The tensors do not show it; in SD3 each has 64 channels."""
+        heads = self.number("num_attention_heads", max(1, width // 64))
+        if heads < 1 or heads % 1 or width % heads:
+            raise UserError(f"{self.path}: a width of {width} cannot be divided into {heads:g} heads")
         return int(heads)
 
     def read(self, name):
         parts = []
         for their in self.their_names(name):
             with open_safetensors(self.files[their]) as file:  # one at a time, so that no map of a large file stays
-                dtype = file.get_slice(their).get_dtype()
-                if dtype not in FLOATS:
-                    raise UserError(f"{self.path}: tensor {their} holds {dtype}, no weights ({', '.join(FLOATS)})")
                 parts.append(file.get_tensor(their))
+            if not parts[-1].is_floating_point():
+                raise UserError(f"{self.path}: tensor {their} holds {parts[-1].dtype}, not weights")
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return swap_halves(name, tensor, self.blocks) if self.diffusers else tensor
-
-
-LIBRARY_ERRORS = (OSError, ImportError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
-                  AssertionError, RuntimeError, SafetensorError, hub.StrictDataclassError,
-                  Image.DecompressionBombError, SyntaxError, struct.error)  # the last three of damaged pictures
-
-
-@contextmanager
-def library_errors(path, action):
-    """One clear line, "PATH: cannot {action}", for what a library raises over a user's file.
-
-    Only the library's own call belongs inside: a fault of ours keeps its traceback.
-    """
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, LIBRARY_ERRORS) and type(error) is not Exception:  # as tokenizers raises it
-            raise
-        raise UserError(f"{path}: cannot {action} ({in_short(error)})") from error
-
-
-def load_plain(module, path):
-    """Fill a module of ours from a file of exactly its own tensors."""
-    with library_errors(path, "be read as this network"):
-        module.load_state_dict(load_file(path))
-    for name, tensor in module.state_dict().items():
-        check_finite(path, name, tensor)
-    return module
 
 
 def check_tensors(source, shapes, harmless=()):
@@ -378,16 +276,12 @@ def check_tensors(source, shapes, harmless=()):
     for problem, names in (("does not belong there", left_over), ("is missing", missing)):
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            more += QUANTISED_HINT if any(QUANTISED.search(name) for name in names) else ""
+            more += ": scaled fp8 cannot be read; take fp32, fp16, bf16 or plain fp8" if "scale" in str(names) else ""
             raise UserError(f"{source.path}: tensor {min(names)} {problem}{more}")
     for name, shape in shapes.items():
         found = source.shape(name)
         if found != shape and found + [1, 1] != shape:  # a 1×1 convolution may be stored as a linear map
             raise UserError(f"{source.path}: tensor {source.their_names(name)[0]} has shape {found}, expected {shape}")
-
-
-QUANTISED = re.compile(r"scale|SCB|absmax|quant")  # in the names of what quantised weights are multiplied with
-QUANTISED_HINT = ": quantised weights with scales beside them cannot be read; take fp32, fp16, bf16 or plain fp8"
 
 
 def check_finite(path, name, tensor):
@@ -405,6 +299,15 @@ def load_tensors(module, source, device, dtype):
     for name, tensor in module.state_dict().items():
         tensor.copy_(source.read(name).reshape(tensor.shape))
         check_finite(source.path, source.their_names(name)[0], tensor)
+    return module
+
+
+def load_plain(module, path):
+    """Fill a module of ours from a file of exactly its own tensors."""
+    with library_errors(path, "be read as this network"):
+        module.load_state_dict(load_file(path))
+    for name, tensor in module.state_dict().items():
+        check_finite(path, name, tensor)
     return module
 
 
@@ -427,25 +330,8 @@ def save_network(module, folder, config, metadata=None, dtype=None):
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write a file whole or not at all; the same tensors and metadata always give the same bytes."""
     with replacing(path) as part:
-        part.touch()
-        mode = part.stat().st_mode  # as any new file here; safetensors' would be for its owner alone
         save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
-        part.chmod(mode)
-        sort_metadata(part)
-
-
-def sort_metadata(path):
-    """Put the metadata in a file's header in order: safetensors writes them in an order of chance."""
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        assert len(text) <= length  # of the same characters
-        file.seek(8)
-        file.write(text.ljust(length))
 
 
 def write_json(path, value):
@@ -457,68 +343,24 @@ def write_text(path, text):
         part.write_text(text, encoding="utf-8")
 
 
-def check_writable(path):
-    """Raise UserError now, before hours of work, if `path` could not be written then."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
 @contextmanager
 def replacing(path):
-    """A temporary path beside `path` that takes its place once the block has ended well, and is gone if it has not."""
+    """A temporary path beside `path` that takes its place at the end: a file is there whole, or as it was before."""
     path = Path(path)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")  # its own, if others write the same file
-    with disk_errors(path):
+    part = path.with_name(f".{path.name}.part")
+    with library_errors(path, "be written", (OSError, SafetensorError)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
-            flush(part)
             os.replace(part, path)
-        finally:
+        except BaseException:
             part.unlink(missing_ok=True)
+            raise
 
 
-@contextmanager
-def disk_errors(path):
-    """One clear line for what goes wrong while `path` is written: a full disk, a folder that is gone."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from error
-
-
-def flush(path):
-    """Send a file, or a folder's list of files, from the system's memory to the disk: it outlasts a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class Busy(UserError):
-    """Another process is at it."""
-
-
-@contextmanager
-def alone_in(folder, wait=False):
-    """Hold a folder against other runs, by a lock of the system's that ends with the process, however it ends."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=wait)
-    except Timeout as error:
-        raise Busy(f"{folder}: another run is writing there; wait for its end, or choose another --out") from error
-    try:
-        for part in folder.rglob("*"):  # of a run that was killed while it wrote; the second are safetensors' own
-            if re.fullmatch(r".*\.[0-9a-f]{16}\.part|\.tmp\w{6}", part.name) and part.is_file():
-                part.unlink()
-        yield
-    finally:
-        lock.release()
+def check_writable(folder):
+    """Raise UserError now, before hours of work, if nothing could be written to `folder` then."""
+    with library_errors(folder, "be written to"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass

@@ -1,36 +1,37 @@
-"""Small SD3 pipelines with random weights, built with diffusers, and ours read from each published layout."""
+"""For all tests: small random SD3s of diffusers with ours read from each published layout, and commands run in here."""
 
 import copy
 import json
 import os
 import re
+import signal
 import sys
 from collections import namedtuple
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or diffusers' import makes it speak behind the last line
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,  # noqa: E402
-                       StableDiffusion3Pipeline)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler  # noqa: E402
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import (AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config,  # noqa: E402
-                          T5EncoderModel)
+from transformers import AutoTokenizer, CLIPTextConfig, T5Config, T5EncoderModel  # noqa: E402
+from transformers import CLIPTextModelWithProjection  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import commandline  # noqa: E402
 import pipeline  # noqa: E402
-import quick_train  # noqa: E402
+import train  # noqa: E402
 
 torch.set_num_threads(1)  # networks are small here, and threads that wait for each other take long on a busy machine
 
 KINDS = {
-    "SD3-Medium": {},
-    "SD3.5-Large": {"qk_norm": "rms_norm"},
-    "SD3.5-Medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
-}
+    "SD3-Medium": {}, "SD3.5-Large": {"qk_norm": "rms_norm"},
+    "SD3.5-Medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}}
 PAIRS = [(kind, layout) for kind in KINDS for layout in ("folder", "file", "file without prefix")]
 PAIRS += [("SD3.5-Medium", "shards in fp16"), ("SD3-Medium", "folder without T5"), ("SD3-Medium", "file without T5")]
 Pair = namedtuple("Pair", "theirs ours path")
@@ -42,47 +43,62 @@ def make_pair(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
 
     @cache
-    def reference(kind):
-        return build(**KINDS[kind])
-
-    @cache
     def make(kind, layout):
-        theirs, folder = reference(kind), root / f"{kind} {layout}"
+        theirs, folder = build(kind), root / f"{kind} {layout}"
         if "without T5" in layout:
             parts = {**theirs.components, "text_encoder_3": None, "tokenizer_3": None}
             theirs = StableDiffusion3Pipeline(**parts)
-        path = WRITERS[layout.split()[0]](theirs, folder, layout)
+        path = write_file(theirs, folder, layout) if "file" in layout else folder
+        if "shards" in layout:
+            write_shards(theirs, folder)
+        elif path == folder:
+            theirs.save_pretrained(folder)
         return Pair(theirs, pipeline.load_pipeline(path), path)
 
     return make
 
 
-# ------------------------------------------------------------------------------------------------- training runs
+# ------------------------------------------------------------------------------------------------------ commands
+
+def run_train(*words):
+    """What `python train.py WORDS` does, on few samples, in fp32, without sheets and measures."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        with mock.patch("sys.argv", ["train.py", *"--bare --dtype fp32 --batch 4".split(), *map(str, words)]):
+            train.main()
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)  # a run takes Ctrl-C for itself
+
+
+def run_command(main, *words, capsys):
+    """What a script's main function does with these words -> (exit status, stdout, stderr)."""
+    capsys.readouterr()
+    try:
+        with mock.patch("sys.argv", ["script.py", *map(str, words)]):
+            commandline.run_script(main)
+    except SystemExit as end:
+        return end.code or 0, *capsys.readouterr()
+    return 0, *capsys.readouterr()
+
 
 @pytest.fixture(scope="session")
 def two_steps(tmp_path_factory):
     """A Stage I run of two iterations: the folder of its student of two steps."""
     out = tmp_path_factory.mktemp("runs") / "stage1"
-    quick_train.run("--stage", 1, "--iterations", 2, "--out", out)
+    run_train("--stage", 1, "--iterations", 2, "--out", out)
     return out
 
 
 def read_state(run):
     """The tensors of a run's state, by name; written by one process."""
-    (file,) = (run / json.loads((run / "state.json").read_text())["tensors"]).iterdir()
+    (file,) = (run / json.loads((run / "state.json").read_text())["tensors"]).glob("*.safetensors")
     return load_file(file)
-
-
-def check_gradients(mine, theirs, share):
-    """Two states hold the same squared gradients, to rounding, which grows where Adam makes signs of them."""
-    assert mine.keys() == theirs.keys()
-    for name in (name for name in mine if name.endswith("exp_avg_sq")):
-        assert (mine[name] - theirs[name]).norm() <= share * theirs[name].norm() + 1e-12, name
 
 
 # --------------------------------------------------------------------------------------------- random pipelines
 
-def build(**kind):
+@cache
+def build(kind):
     """A pipeline of diffusers: the official VAE's constants, odd sizes elsewhere, weights that fp16 holds exactly."""
     tokenizers = [AutoTokenizer.from_pretrained(pipeline.TINY / f"tokenizer{n}") for n in ("", "_2", "_3")]
     clips = [CLIPTextModelWithProjection(CLIPTextConfig(
@@ -97,7 +113,7 @@ def build(**kind):
         tie_word_embeddings=False))  # untied, as T5-XXL's config has it
     transformer = SD3Transformer2DModel(
         sample_size=8, num_layers=3, num_attention_heads=2, joint_attention_dim=224, caption_projection_dim=128,
-        pooled_projection_dim=160, pos_embed_max_size=19, **kind)
+        pooled_projection_dim=160, pos_embed_max_size=19, **KINDS[kind])
     vae = AutoencoderKL(
         block_out_channels=(32, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=32,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
@@ -117,31 +133,24 @@ def randomise(network, seed):
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in network.state_dict().items():
         noise = torch.randn(tensor.shape, generator=generator)
-        if tensor.ndim > 1:
-            value = noise / tensor[0].numel() ** 0.5 if tensor.ndim != 3 else noise  # ndim 3: the position table
-        else:
-            value = 0.3 * noise + name.endswith("weight")  # a norm's weight, around one, or a bias
-        tensor.copy_(value.half())
-    # T5 ties these two, whatever its config says
-    if hasattr(network, "shared"):
+        if tensor.ndim == 1:  # a norm's weight, around one, or a bias
+            noise = 0.3 * noise + name.endswith("weight")
+        elif tensor.ndim != 3:  # 3: the position table
+            noise = noise / tensor[0].numel() ** 0.5
+        tensor.copy_(noise.half())
+    if hasattr(network, "shared"):  # T5 ties these two, whatever its config says
         network.encoder.embed_tokens.weight = network.shared.weight
 
 
 # ------------------------------------------------------------------------------------------- the published layouts
 
-def write_folder(pipeline, folder, layout):
-    pipeline.save_pretrained(folder)
-    return folder
-
-
-def write_shards(pipeline, folder, layout):
+def write_shards(pipeline, folder):
     """fp16 variants in shards, and a transformer/config.json that leaves out what the tensors show."""
     halves = StableDiffusion3Pipeline(**{n: copy.deepcopy(part) for n, part in pipeline.components.items()})
     halves.to(torch.float16).save_pretrained(folder, variant="fp16", max_shard_size="500KB")
     config = folder / "transformer" / "config.json"
     kept = {k: v for k, v in json.loads(config.read_text()).items() if k not in ("qk_norm", "dual_attention_layers")}
     config.write_text(json.dumps(kept))
-    return folder
 
 
 def write_file(pipeline, folder, layout):
@@ -158,17 +167,13 @@ def write_file(pipeline, folder, layout):
     folder.mkdir()
     header = {"t5xxl.relative_attention_max_distance": "9"}  # what is not SD3's own must stand somewhere
     save_file({n: t.clone().contiguous() for n, t in tensors.items()}, folder / "sd3.safetensors", header)
-    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        if getattr(pipeline, name) is not None:
-            getattr(pipeline, name).save_pretrained(folder / name)
+    for name, part in pipeline.components.items():
+        if name.startswith("tokenizer") and part is not None:
+            part.save_pretrained(folder / name)
     return folder / "sd3.safetensors"
 
 
-WRITERS = {"folder": write_folder, "shards": write_shards, "file": write_file}
-
-
 # Independent of weights.py: from diffusers' names to Stability's, by the published correspondence.
-
 OUTSIDE = {
     "pos_embed.pos_embed": "pos_embed", "pos_embed.proj": "x_embedder.proj", "context_embedder": "context_embedder",
     "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0", "proj_out": "final_layer.linear",
@@ -178,37 +183,31 @@ OUTSIDE = {
     "norm_out.linear": "final_layer.adaLN_modulation.1"}
 INSIDE = {
     "attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj",
-    "attn2.to_out.0": "x_block.attn2.proj",
-    "attn.norm_q": "x_block.attn.ln_q", "attn.norm_k": "x_block.attn.ln_k", "attn2.norm_q": "x_block.attn2.ln_q",
-    "attn2.norm_k": "x_block.attn2.ln_k", "attn.norm_added_q": "context_block.attn.ln_q",
-    "attn.norm_added_k": "context_block.attn.ln_k", "norm1.linear": "x_block.adaLN_modulation.1",
-    "norm1_context.linear": "context_block.adaLN_modulation.1", "ff.net.0.proj": "x_block.mlp.fc1",
-    "ff.net.2": "x_block.mlp.fc2", "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "attn2.to_out.0": "x_block.attn2.proj", "attn.norm_q": "x_block.attn.ln_q", "attn.norm_k": "x_block.attn.ln_k",
+    "attn2.norm_q": "x_block.attn2.ln_q", "attn2.norm_k": "x_block.attn2.ln_k",
+    "attn.norm_added_q": "context_block.attn.ln_q", "attn.norm_added_k": "context_block.attn.ln_k",
+    "norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2", "ff_context.net.0.proj": "context_block.mlp.fc1",
     "ff_context.net.2": "context_block.mlp.fc2"}
 QKV = {
-    "x_block.attn.qkv": "attn.to_{}", "context_block.attn.qkv": "attn.add_{}_proj", "x_block.attn2.qkv": "attn2.to_{}"}
+    "attn.to_{}": "x_block.attn.qkv", "attn.add_{}_proj": "context_block.attn.qkv", "attn2.to_{}": "x_block.attn2.qkv"}
 
 
 def stability_transformer(state):
     out = {}
     last = max(int(name.split(".")[1]) for name in state if name.startswith("transformer_blocks."))
-    for theirs, ours in OUTSIDE.items():
-        for kind in ("", ".weight", ".bias"):
-            if theirs + kind in state:
-                out[ours + kind] = state[theirs + kind]
+    pairs = [*OUTSIDE.items()]
     for block in range(last + 1):
         here, there = f"transformer_blocks.{block}.", f"joint_blocks.{block}."
-        for kind in (".weight", ".bias"):
-            for theirs, ours in INSIDE.items():
-                if here + theirs + kind in state:
-                    out[there + ours + kind] = state[here + theirs + kind]
-            for ours, theirs in QKV.items():
-                if here + theirs.format("q") + kind in state:
-                    out[there + ours + kind] = torch.cat([state[here + theirs.format(x) + kind] for x in "qkv"])
+        pairs += [(here + theirs, there + ours) for theirs, ours in (*INSIDE.items(), *QKV.items())]
+    for theirs, ours in pairs:
+        for kind in ("", ".weight", ".bias"):
+            names = dict.fromkeys(theirs.format(x) + kind for x in "qkv")
+            if names.keys() <= state.keys():
+                out[ours + kind] = torch.cat([state[name] for name in names])
     for name in ("final_layer.adaLN_modulation.1", f"joint_blocks.{last}.context_block.adaLN_modulation.1"):
-        for kind in (".weight", ".bias"):  # (scale, shift) -> (shift, scale)
-            scale, shift = out[name + kind].chunk(2)
-            out[name + kind] = torch.cat([shift, scale])
+        for kind in (".weight", ".bias"):
+            out[name + kind] = torch.cat(out[name + kind].chunk(2)[::-1])  # (scale, shift) -> (shift, scale)
     assert sum(t.numel() for t in out.values()) == sum(t.numel() for t in state.values())
     return out
 

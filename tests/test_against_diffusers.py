@@ -1,10 +1,14 @@
 """Our SD3 against diffusers', in fp32, on random weights: every kind, odd sizes; every layout, with and without T5."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
+from safetensors.torch import load_file
 
 import flow
 import mmdit
@@ -13,11 +17,10 @@ import vae
 import weights
 from conftest import KINDS, PAIRS, randomise
 from pictures import to_picture
-from pipeline import TINY, decode, generate, load_pipeline, save_pipeline
+from pipeline import TINY, load_pipeline, save_pipeline
 
 TOLERANCE = {"velocity": 1e-5, "encode": 1e-5, "decode": 1e-5, "text": 1e-5, "latents": 2e-5}
 PROMPTS = ["a striped red circle on a gray background", "Two words, ünknown; " * 4, ""]  # the second is cut
-SIZES = [(6, 10), (16, 4)]  # latents
 PARTS = ("mmdit", "vae", "text")
 
 
@@ -35,7 +38,7 @@ def randn(*shape):
 def velocity_error(theirs, ours):
     sigma, worst = torch.tensor([0.97, 0.3]), 0
     context, pooled = randn(2, 27, 224), randn(2, 160)
-    for size in SIZES:
+    for size in ((6, 10), (16, 4)):
         x = randn(2, 16, *size)
         reference = theirs.transformer(x, context, pooled, 1000 * sigma).sample
         worst = max(worst, error(ours.mmdit(x, sigma, context, pooled), reference))
@@ -65,19 +68,15 @@ def text_error(theirs, ours):
     return max(error(ours_context, context), error(ours_pooled, pooled))
 
 
-def latents_error(theirs, ours, sigmas=None, guidance=4.0):
-    """28 guided steps, or one for each level of `sigmas`, of which diffusers wants the unshifted ones but the last."""
+def latents_error(theirs, ours, **levels):
+    """Of sampled latents, 28 guided steps where `levels` says nothing else to diffusers."""
     height, width = 48, 80
     noise = flow.initial_noise((16, height // 8, width // 8), range(len(PROMPTS)))
-    levels = {"num_inference_steps": 28}
-    if sigmas is not None:
-        levels = {"sigmas": torch.linspace(1, 0, len(sigmas))[:-1].tolist()}
-    reference = theirs(PROMPTS, negative_prompt=["blurry"] * len(PROMPTS), latents=noise, height=height, width=width,
-                       guidance_scale=guidance, output_type="latent",
-                       max_sequence_length=ours.text.t5_length, **levels).images
-    made = generate(ours, PROMPTS, range(len(PROMPTS)), size=(height, width), negative="blurry" if guidance > 1 else "",
-                           guidance=guidance, sigmas=sigmas)
-    return error(made, reference)
+    if not levels:
+        levels, ours = {"num_inference_steps": 28}, ours.sampled_with(28, 4.0)
+    reference = theirs(PROMPTS, latents=noise, height=height, width=width, guidance_scale=ours.guidance,
+                       output_type="latent", max_sequence_length=ours.text.t5_length, **levels).images
+    return error(ours.latents(PROMPTS, range(len(PROMPTS)), (height, width)), reference)
 
 
 MEASURES = {"velocity": velocity_error, "encode": encode_error, "decode": decode_error, "text": text_error,
@@ -110,10 +109,6 @@ def same_bits(state, expected):
 
 # ---------------------------------------------------------------------------- would these comparisons see a mistake?
 
-def exact_gelu(self, x):
-    return self.fc2(F.gelu(self.fc1(x)))
-
-
 def top_left_crop(self, h, w):
     return self.pos_embed.unflatten(1, (self.pos_max, self.pos_max))[:, :h, :w].flatten(1, 2)
 
@@ -125,11 +120,10 @@ def last_clip_state(self, model, tokenizer, prompts):
 
 features = mmdit.timestep_features
 MISTAKES = {
-    "exact GELU": ("velocity", mmdit.MLP, "forward", exact_gelu),
+    "exact GELU": ("velocity", mmdit.MLP, "forward", lambda self, x: self.fc2(F.gelu(self.fc1(x)))),
     "scale and shift not swapped": ("velocity", weights, "swap_halves", lambda name, tensor, blocks: tensor),
     "position table cropped at its corner": ("velocity", mmdit.MMDiT, "crop_pos_embed", top_left_crop),
     "timestep not times 1000": ("velocity", mmdit, "timestep_features", lambda t: features(t / 1000)),
-    "sine before cosine": ("velocity", mmdit, "timestep_features", lambda t: features(t).roll(128, 1)),
     "VAE shift ignored": ("decode", vae.VAE, "decode", lambda self, z: self.decoder(z / self.scale)),
     "symmetric padding": ("encode", vae.Downsample, "forward", lambda self, x: self.conv(F.pad(x, (1, 1, 1, 1)))),
     "CLIP's last state": ("text", text.TextEncoders, "encode_clip", last_clip_state),
@@ -148,27 +142,33 @@ def test_a_mistake_shows(make_pair, monkeypatch, mistake):
 
 # --------------------------------------------------------------------------------------------- saving, students
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_we_save_diffusers_opens_and_we_read_back_bit_for_bit(make_pair, tmp_path, kind):
+def open_in_diffusers(folder, **parts):
+    theirs = StableDiffusion3Pipeline.from_pretrained(folder, **parts)
+    theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+@pytest.mark.parametrize("kind, steps", [*zip(KINDS, (1, 2, 4))])
+def test_a_written_student_opens_in_diffusers_and_draws_the_same_latents(make_pair, tmp_path, kind, steps):
     original, ours, _ = make_pair(kind, "file")
-    save_pipeline(ours, tmp_path, {"sigmas": "[1.0, 0.75, 0.0]", "guidance": "1"})
-    back = load_pipeline(tmp_path)
+    sigmas = flow.student_sigmas(steps, ours.shift)
+    save_pipeline(replace(ours, sigmas=sigmas), tmp_path, {"sigmas": str(sigmas.tolist()), "guidance": "1"})
+    back, theirs = load_pipeline(tmp_path), open_in_diffusers(tmp_path)
     for part in PARTS:
         same_bits(getattr(back, part).state_dict(), getattr(ours, part).state_dict())
-    assert (back.sigmas().tolist(), back.guidance()) == ([1.0, 0.75, 0.0], 1.0)
-
-    theirs = StableDiffusion3Pipeline.from_pretrained(tmp_path)
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
         same_bits(getattr(theirs, name).state_dict(), getattr(original, name).state_dict())
-    assert velocity_error(theirs, ours) <= TOLERANCE["velocity"] and decode_error(theirs, ours) <= TOLERANCE["decode"]
-    assert text_error(theirs, ours) <= TOLERANCE["text"]
-    assert theirs.scheduler.config.shift == 3.0
+    assert torch.equal(back.sigmas, sigmas) and back.guidance == 1 and theirs.scheduler.config.shift == 3.0
+    evenly = torch.linspace(1, 0, steps + 1)[:-1].tolist()  # diffusers shifts them itself
+    assert latents_error(theirs, back, sigmas=evenly) <= TOLERANCE["latents"]
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_diffusers_samples_at_a_students_levels(make_pair, steps):
-    pair = make_pair("SD3-Medium", "folder")
-    assert latents_error(pair.theirs, pair.ours, flow.student_sigmas(steps, 3.0), guidance=1.0) <= TOLERANCE["latents"]
+def test_a_student_without_t5_and_with_encoders_in_fp16_opens_in_diffusers(make_pair, tmp_path):
+    _, ours, _ = make_pair("SD3-Medium", "file without T5")
+    save_pipeline(replace(ours, text=copy.deepcopy(ours.text).half()), tmp_path)
+    assert all(t.dtype == torch.float16 for t in load_file(tmp_path / "text_encoder" / "model.safetensors").values())
+    theirs = open_in_diffusers(tmp_path, text_encoder_3=None, tokenizer_3=None)  # as diffusers wants its own, too
+    assert text_error(theirs, load_pipeline(tmp_path)) <= TOLERANCE["text"]
 
 
 def test_vae_constants_are_read_off_its_config(tmp_path):
@@ -184,12 +184,14 @@ def test_vae_constants_are_read_off_its_config(tmp_path):
     assert error(ours.decode(latents), theirs.decode(latents / 0.7 - 0.2).sample) <= TOLERANCE["decode"]
 
 
-def test_diffusers_opens_the_shipped_tiny_sd3_and_draws_the_same_picture():
-    ours, theirs = load_pipeline(TINY), StableDiffusion3Pipeline.from_pretrained(TINY)
-    theirs.set_progress_bar_config(disable=True)
-    prompt, noise = "a striped red circle", flow.initial_noise(ours.latent_shape(), [0])
-    picture = theirs(prompt, latents=noise, guidance_scale=ours.guidance(), num_inference_steps=8,
-                     max_sequence_length=ours.text.t5_length).images[0]
-    mine = to_picture(decode(ours, generate(ours, [prompt], [0], steps=8))[0])
+@pytest.mark.parametrize("trained", [False, True], ids=["the shipped teacher", "a trained student"])
+def test_diffusers_draws_the_same_picture(two_steps, trained):
+    ours, theirs = (load(two_steps if trained else TINY) for load in (load_pipeline, open_in_diffusers))
+    ours = ours if trained else ours.sampled_with(8)
+    levels = {"sigmas": [1.0, 0.5]} if trained else {"num_inference_steps": 8}
+    noise = flow.initial_noise(ours.latent_shape(), [0])
+    picture = theirs("a striped red circle", latents=noise, guidance_scale=ours.guidance,
+                     max_sequence_length=ours.text.t5_length, **levels).images[0]
+    mine = to_picture(ours.images(["a striped red circle"], [0])[0])
     difference = np.asarray(picture, dtype=int) - np.asarray(mine, dtype=int)
     assert picture.size == mine.size and abs(difference).max() <= 1

@@ -1,0 +1,194 @@
+"""The paper's ablations and claims, run again in the tiny world, where the truth is known.
+
+    python -m experiments.ablations                        all arms, five training runs of each
+    python -m experiments.ablations --only gate --seeds 1
+
+Each training run and each measurement is the command that one would type. Its row goes to --out/results.csv; what has a
+row is not run again. The tables of arms and of claims are printed from these rows.
+"""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+import commandline
+from commandline import CommandLine, UserError, count
+from pipeline import is_finished
+
+OURS, OURS4 = "--stage 1", "--stage 1 --steps 4"
+TDM, TDM4 = (f"{ours} --alpha 1 --density uniform" for ours in (OURS, OURS4))
+STAGE2 = "--stage 2"
+ARMS = {  # ablation: {arm: (flags of train.py, flags of evaluate.py)}; no training: the tiny teacher
+    "teacher": {"teacher, w = 2": ("", "--steps 28 --guidance 2"), "teacher, w = 7": ("", "--steps 28 --guidance 7")},
+    "gate": {"ours, 2": (OURS, ""), "no gate": (f"{OURS} --alpha 1", ""),
+             "no importance sampling": (f"{OURS} --density uniform", ""), "TDM, 2": (TDM, "")},
+    "methods": {"ours, 4": (OURS4, ""), "TDM, 4": (TDM4, ""), "DMD, 2": (f"{TDM} --windows whole", ""),
+                "ours, 1": (f"{OURS} --steps 1", "")},
+    "alpha": {"α = 0.5": (f"{OURS} --alpha 0.5", ""), "α = 0.8": (f"{OURS} --alpha 0.8", "")},
+    "cache": {"plain re-use": (OURS, "--cache 2-5"), "ours, 1.67": (STAGE2, ""),
+              "without f": (f"{STAGE2} --correction none", ""), "pruned": (f"{STAGE2} --correction prune", ""),
+              "Stage II, no cache": (f"{STAGE2} --cache none", "")},
+    "objective": {"distilled": (f"{STAGE2} --objective output+feature", ""),
+                  "adversarial and distilled": (f"{STAGE2} --objective adv+output+feature", "")},
+}
+
+
+class Claim(NamedTuple):
+    """`better` is better than `worse` in a measure. Stage II is paired with the Stage I run that it starts from."""
+
+    text: str
+    better: str
+    worse: str
+    measure: str
+    paired: bool = False
+
+
+CLAIMS = [
+    Claim("the gate keeps diversity", "ours, 2", "no gate", "coverage"),
+    Claim("the gate brings samples closer to the truth", "ours, 2", "no gate", "Fréchet"),
+    Claim("importance sampling brings samples closer to the truth", "ours, 2", "no importance sampling", "Fréchet"),
+    Claim("2 steps: ours is closer to the truth than TDM", "ours, 2", "TDM, 2", "Fréchet"),
+    Claim("2 steps: ours is closer to the truth than DMD", "ours, 2", "DMD, 2", "Fréchet"),
+    Claim("4 steps: ours is closer to the truth than TDM", "ours, 4", "TDM, 4", "Fréchet"),
+    Claim("a lower α is more diverse", "α = 0.5", "ours, 2", "coverage"),
+    Claim("a higher α keeps closer to the prompt", "no gate", "α = 0.5", "whole prompt"),
+    Claim("plain re-use costs detail", "ours, 2", "plain re-use", "median", True),
+    Claim("plain re-use costs prompts", "ours, 2", "plain re-use", "whole prompt", True),
+    Claim("co-training wins detail back", "ours, 1.67", "plain re-use", "median", True),
+    Claim("co-training wins prompts back", "ours, 1.67", "plain re-use", "whole prompt", True),
+    Claim("f wins detail", "ours, 1.67", "without f", "median", True),
+    Claim("a cache is better than leaving its blocks out", "ours, 1.67", "pruned", "median", True),
+    Claim("without a cache, Stage II brings samples closer to the truth", "Stage II, no cache", "ours, 2", "Fréchet",
+          True),
+]
+HIGHER = ("adherence", "whole prompt", "coverage")  # is better; of the other measures lower
+MEASURES = ("adherence", "whole prompt", "coverage", "distance", "median", "90 %", "Fréchet")
+
+
+def main():
+    parser = CommandLine(description="Run the paper's ablations in the tiny world.")
+    parser.add_argument("--only", action="append", choices=ARMS, help="may be given several times; default: all")
+    parser.add_argument("--seeds", type=count, default=5, help="training runs of each arm: seeds 0, 1, …")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="a folder")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seeds):
+        for name in args.only or ARMS:
+            for arm, (train, evaluate) in ARMS[name].items():
+                if not any(row["arm"] == arm and int(row["seed"]) == seed for row in read_rows(args.out)) \
+                        and (train or seed == 0):
+                    measure(args.out, arm, train, evaluate, seed)
+    rows = read_rows(args.out)
+    print(*table(rows), "", *claims(rows), sep="\n")
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+def measure(out, arm, train, evaluate, seed):
+    """Train an arm, if need be, measure it, and add its row to results.csv."""
+    start = time.monotonic()
+    model = trained(out, train, seed) if train else Path("tiny-sd3")
+    run("evaluate.py", "quality", model, *evaluate.split(), "--out", out / "quality")
+    found, = json.loads((out / "quality" / "quality.json").read_text()).values()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    row = {"arm": arm, "seed": seed, **{name: found[name] for name in MEASURES}, "train": train, "evaluate": evaluate,
+           "commit": commit, "date": time.strftime("%Y-%m-%d"), "minutes": round((time.monotonic() - start) / 60, 1)}
+    file = out / "results.csv"
+    new = not file.exists()
+    with open(file, "a", newline="") as opened:
+        writer = csv.DictWriter(opened, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def trained(out, train, seed):
+    """The folder of a training run, made now if it is not there. Stage II starts from the Stage I run of its seed, and
+    its real images come from the 4-step run of that seed."""
+    folder = out / "runs" / f"{train.replace('--', '').replace(' ', '-')}-seed{seed}"
+    if not is_finished(folder):
+        words = train.split()
+        if train.startswith(STAGE2):
+            words += ["--student", trained(out, OURS, seed), "--reference", trained(out, OURS4, seed)]
+        if folder.exists() and not (folder / "state.json").exists():
+            shutil.rmtree(folder)  # it ended before its first state
+        run("train.py", *words, "--bare", "--seed", seed, "--out", folder, *(["--resume"] if folder.exists() else []))
+    return folder
+
+
+def run(*words):
+    words = [str(word) for word in words]
+    print("python", *words, file=sys.stderr)
+    if subprocess.run([sys.executable, *words]).returncode:
+        raise UserError(f"`python {' '.join(words)}` failed")
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+def read_rows(out):
+    file = out / "results.csv"
+    if not file.exists():
+        return []
+    with open(file, newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def values(rows, arm, measure):
+    """{seed: value} of an arm."""
+    return {int(row["seed"]): float(row[measure]) for row in rows if row["arm"] == arm}
+
+
+def table(rows):
+    """Markdown: a row for each arm, mean ± standard deviation over its training runs."""
+    lines = [f"| | runs | {' | '.join(MEASURES)} |", "|" + "---|" * (2 + len(MEASURES))]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        cells = []
+        for measure in MEASURES:
+            found = np.array([*values(rows, arm, measure).values()])
+            digits = 1 if measure == "Fréchet" else 4 if measure in ("distance", "median", "90 %") else 3
+            cells.append(f"{found.mean():.{digits}f}" + (f" ± {found.std(ddof=1):.{digits}f}" if len(found) > 1 else ""))
+        lines.append(f"| {arm} | {len(found)} | {' | '.join(cells)} |")
+    return lines
+
+
+def claims(rows):
+    """Markdown: a row for each claim whose two arms have at least two runs each. p is corrected for their number."""
+    found = []
+    for claim in CLAIMS:
+        better, worse = (values(rows, arm, claim.measure) for arm in (claim.better, claim.worse))
+        if claim.paired:
+            seeds = better.keys() & worse.keys()
+            better, worse = ({seed: arm[seed] for seed in seeds} for arm in (better, worse))
+        if min(len(better), len(worse)) > 1:
+            a, b = np.array([*better.values()]), np.array([*worse.values()])
+            test = stats.ttest_rel(a, b) if claim.paired else stats.ttest_ind(a, b, equal_var=False)  # Welch
+            found.append((claim, a, b, test))
+    corrected = holm([test.pvalue for *_, test in found])
+    lines = ["| claim | measure | difference, 95 % interval | runs | p, corrected | verdict |", "|---|---|---|---|---|---|"]
+    for (claim, a, b, test), p in zip(found, corrected):
+        low, high = test.confidence_interval()
+        good = (a.mean() > b.mean()) == (claim.measure in HIGHER)
+        verdict = "undecided" if p >= 0.05 else "holds" if good else "the opposite holds"
+        lines.append(f"| {claim.text} | {claim.measure} | {a.mean() - b.mean():+.4g} ({low:+.4g} to {high:+.4g}) | "
+                     f"{len(a)}, {len(b)} | {p:.3f} | {verdict} |")
+    return lines
+
+
+def holm(ps):
+    """p-values corrected for their number (Holm 1979)."""
+    order, corrected, least = np.argsort(ps), np.empty(len(ps)), 0.0
+    for rank, i in enumerate(order):
+        least = corrected[i] = max(least, min(1.0, (len(ps) - rank) * ps[i]))
+    return corrected
+
+
+if __name__ == "__main__":
+    commandline.run_script(main)
