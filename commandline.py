@@ -17,8 +17,10 @@ def run_script(main):
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console that is not UTF-8
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print("error:", one_line(error, 2000), file=sys.stderr)
         sys.exit(2)

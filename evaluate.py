@@ -40,7 +40,7 @@ def main():
     add("--cache", type=commandline.blocks, metavar="A-B", help="blocks that only the first step runs, re-used plainly; "
         "none: all run; without it each model's own")
     add("--prompts", metavar="FILE", help="without it captions of the tiny world, where the truth is known")
-    add("--captions", type=count, default=1024, help="of the tiny world")
+    add("--captions", type=number(2, 10**7, int), default=1024, help="of the tiny world")
     add("--samples", type=count, help="images a prompt; without it 4 or, in the tiny world, 128 of six prompts")
     add("--reference", metavar="DIR|MODEL", help="a model whose samples for the same prompts are compared with, as in "
         "the paper, or a folder of pictures: adds the Fréchet distance")

@@ -164,7 +164,8 @@ class Run:
         signal.signal(signal.SIGINT, ask)
         self.bar = tqdm(range(self.step, self.iterations), initial=self.step, total=self.iterations, desc=self.name,
                         mininterval=1, disable=not parallel.is_first())
-        return self.bar
+        yield from self.bar
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def end_step(self, **values):
         """Log numbers or tensors () under their names; every so often, and at the end, draw a sheet and save."""

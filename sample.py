@@ -48,8 +48,9 @@ def main():
     pipeline = load_pipeline(args.model, device, dtype).sampled_with(args.steps, args.guidance, args.cache)
 
     if not single and (args.out / "sheet.png").exists():  # the images of an older run, perhaps a longer one
-        for old in (*args.out.glob("[0-9][0-9][0-9].png"), args.out / "sheet.png"):
-            old.unlink()
+        for old in args.out.glob("*.png"):
+            if old.stem.isdecimal() or old.stem == "sheet":
+                old.unlink()
     shown, batch = [], pipeline.batch(args.size)
     for i in range(0, len(jobs), batch):
         images = pipeline.images(*zip(*jobs[i:i + batch]), size=args.size, progress=True)

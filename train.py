@@ -92,7 +92,7 @@ def stage2_arguments(parser):
     add("--compensator-lr", type=positive, default=1e-3, help="learning rate of f")
     add("--discriminator-lr", type=positive, default=1e-5, help="learning rate of the heads")
     add("--student-clip", type=positive, default=2.0, help="largest norm of the gradients of G and f together")
-    add("--decay", action="store_true", help="let the rates of G and f fall to zero")
+    add("--decay", action=argparse.BooleanOptionalAction, default=False, help="let the rates of G and f fall to zero")
     add("--discriminator-warmup", type=from_zero, default=50, help="its updates before the generator's first")
     add("--discriminator-updates", type=from_zero, default=2, help="for each update of the generator")
     add("--student-warmup", type=from_zero, default=317, help="updates of f before G moves: what the released 1,000 "
@@ -135,8 +135,8 @@ def parse_arguments(words=None):
     args.device = commandline.find_device(args.device)
     args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
     args.out = args.out or run_folder(args.preset, args.stage, args.steps)
-    if args.resume and parallel.read_header(args.out) is None:
-        raise UserError(f"--resume: there is no run in {args.out}")
+    if args.resume and (parallel.read_header(args.out) or {}).get("name") != f"stage {args.stage}":
+        raise UserError(f"--resume: there is no run in {args.out} of stage {args.stage}")
     weights.check_writable(args.out)
     if any(args.out.iterdir()) and not args.resume:
         raise UserError(f"{args.out} is not empty: continue its run with --resume, or choose another --out")
@@ -405,6 +405,7 @@ def finish(args, student, path, fake=None):
         training = {name: value for name, value in settings(args).items() if name not in paths}
         header = {"sigmas": json.dumps(student.sigmas.tolist()), "guidance": "1.0", "training": json.dumps(training)}
         text = load_text_encoders(args.model, "cpu", None) if isinstance(student.text, EncodedText) else student.text
+        (args.out / "model_index.json").unlink(missing_ok=True)  # until save_pipeline is done, this is no whole model
         if fake:
             save_mmdit(fake, args.out / "fake", sample_size=student.latent_shape()[1])
         save_pipeline(replace(student, mmdit=mmdit, text=text), args.out, header, dtype=torch.float32)

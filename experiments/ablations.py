@@ -20,6 +20,7 @@ import numpy as np
 from scipy import stats
 
 import commandline
+import weights
 from commandline import CommandLine, UserError, count
 from pipeline import is_finished
 
@@ -79,7 +80,7 @@ def main():
     parser.add_argument("--seeds", type=count, default=5, help="training runs of each arm: seeds 0, 1, …")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="a folder")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    weights.check_writable(args.out)
     for seed in range(args.seeds):
         for name in args.only or ARMS:
             for arm, (train, evaluate) in ARMS[name].items():

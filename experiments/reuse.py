@@ -13,7 +13,7 @@ import cache
 import commandline
 import flow
 import weights
-from commandline import CommandLine, count, find_device
+from commandline import CommandLine, UserError, count, find_device
 from pipeline import TINY, load_pipeline
 from prompts import draw_prompts, read_prompts
 from tinyworld import measures
@@ -27,9 +27,12 @@ def main():
     parser.add_argument("--device", help="without it cuda if there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/reuse"), help="a folder")
     args = parser.parse_args()
+    weights.check_writable(args.out)
     pipeline = load_pipeline(args.model, find_device(args.device))
     if "sigmas" not in pipeline.mmdit.metadata:  # a teacher: look at the nodes of a student of two steps
         pipeline.sigmas, pipeline.guidance = flow.student_sigmas(2, pipeline.shift).to(pipeline.device), 1.0
+    if len(pipeline.sigmas) < 3:
+        raise UserError(f"{args.model} makes one step; a second one could re-use its blocks")
     prompts = draw_prompts(read_prompts(args.prompts) if args.prompts else None, 64, torch.Generator().manual_seed(0))
     squares, batch = 0, pipeline.batch()
     for i in range(0, len(prompts), batch):

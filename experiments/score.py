@@ -35,6 +35,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/score"), help="a folder")
     args = parser.parse_args()
     device = find_device(args.device)
+    weights.check_writable(args.out)
     if not (Path(args.run) / "fake").exists():
         raise UserError(f"{args.run}: holds no fake score; name a run of Stage I")
     teacher, student = load_pipeline(args.teacher, device), load_pipeline(args.run, device)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import commandline
 import flow
 import weights
-from cache import CachedSteps, effective_nfe, new_cache
+from cache import CachedSteps, check_blocks, effective_nfe, new_cache
 from commandline import CommandLine, UserError, count, find_device, image_size
 from mmdit import MMDiT
 from pipeline import DTYPES, TINY, load_pipeline
@@ -45,8 +45,11 @@ def main():
     args = parser.parse_args()
     args.device = find_device(args.device)
     args.dtype = args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")
+    weights.check_writable(args.out)
     if args.depth and not args.preset:
         raise UserError("--depth goes with --preset")
+    if not args.cache:
+        raise UserError("--cache: name the blocks A-B to cache")
     text = "\n".join(speed(args))
     print(text)
     weights.write_text(args.out / "speed.md", text + "\n")
@@ -67,6 +70,7 @@ def speed(args):
         cond = pipeline.text([""])
         tokens, widths, blocks = cond[0].shape[1], [part.shape[-1] for part in cond], args.cache
     depth = len(mmdit.joint_blocks)
+    check_blocks(blocks, depth, steps=2)
     cache = new_cache(blocks, mmdit.pos_embed.shape[2])
     cache.compensator.to(args.device, dtype)
     noise = torch.randn(args.batch, *shape, device=args.device)

@@ -40,7 +40,7 @@ def test_a_picture_has_the_colours_place_size_and_texture_of_its_caption():
 
 
 def test_a_caption_says_what_is_named_and_nothing_else():
-    assert scenes.caption_of() == "a shape" and scenes.caption_of(position="top") == "a shape on the top"
+    assert scenes.caption_of() == "a shape" and scenes.caption_of(position="center") == "a shape in the center"
     assert scenes.caption_of(colour="red", background="gray") == "a red shape on a gray background"
     everything = dict(zip(scenes.NAMES, "large striped red circle left gray".split()))
     assert scenes.caption_of(**everything) == "a large striped red circle on the left of a gray background"
