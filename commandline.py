@@ -5,7 +5,10 @@ import math
 import os
 import sys
 
-import torch
+# A thread that waits for the others is to sleep. If it spins, two threads beside another program are ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
+
+import torch  # noqa: E402
 
 
 class UserError(Exception):

@@ -10,13 +10,14 @@ beside a --reference, the Fréchet distance. The paper's FID has the *teacher's*
 reference, not photographs.
 """
 
+import commandline  # first: it sets how threads wait before torch is loaded
+
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-import commandline
 import metrics
 import weights
 from cache import effective_nfe

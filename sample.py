@@ -4,6 +4,8 @@
     python sample.py --model runs/stage1 --prompts prompts.txt --count 4 --out pictures
 """
 
+import commandline  # first: it sets how threads wait before torch is loaded
+
 from pathlib import Path
 
 import torch

@@ -8,6 +8,8 @@ continues and, in the tiny world, metrics.json. On many GPUs: `torchrun --nproc_
 The file reads in the order of a run: settings, Stage I, Stage II, what both share.
 """
 
+import commandline  # first: it sets how threads wait before torch is loaded
+
 import argparse
 import json
 import math
@@ -17,7 +19,6 @@ from pathlib import Path
 import torch
 
 import adversarial
-import commandline
 import dmd
 import parallel
 import weights

@@ -7,6 +7,8 @@ Each training run and each measurement is the command that one would type. Its r
 row is not run again. The tables of arms and of claims are printed from these rows.
 """
 
+import commandline  # first: it sets how threads wait before torch is loaded
+
 import csv
 import json
 import shutil
@@ -19,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-import commandline
 import weights
 from commandline import CommandLine, UserError, count
 from pipeline import is_finished

@@ -7,6 +7,8 @@ corrected ones. Below, the sample is noised up to some levels, as in Stage I: wh
 the fake score each take it for, and the direction along which the student would be moved.
 """
 
+import commandline  # first: it sets how threads wait before torch is loaded
+
 import json
 import sys
 from pathlib import Path
@@ -14,7 +16,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import commandline
 import dmd
 import flow
 from cache import Cache, CachedSteps

@@ -5,12 +5,13 @@
 In the tiny world it also re-uses every range of --count blocks plainly and measures what that costs (Fig. 12).
 """
 
+import commandline  # first: it sets how threads wait before torch is loaded
+
 from pathlib import Path
 
 import torch
 
 import cache
-import commandline
 import flow
 import weights
 from commandline import CommandLine, UserError, count, find_device

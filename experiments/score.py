@@ -5,13 +5,14 @@
 Where does guidance cease to point at the truth? Only the tiny world can tell: its true score is a closed form.
 """
 
+import commandline  # first: it sets how threads wait before torch is loaded
+
 import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-import commandline
 import dmd
 import flow
 import weights

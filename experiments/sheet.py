@@ -6,11 +6,12 @@ Columns: a true scene of the prompt, the teacher with 28 guided steps, each mode
 these blocks re-used plainly.
 """
 
+import commandline  # first: it sets how threads wait before torch is loaded
+
 from pathlib import Path
 
 import torch
 
-import commandline
 from commandline import CommandLine, count, find_device, number
 from evaluate import evaluations
 from pictures import contact_sheet, write_picture

@@ -5,6 +5,8 @@
                                                            their values
 """
 
+import commandline  # first: it sets how threads wait before torch is loaded
+
 import platform
 import statistics
 import time
@@ -13,7 +15,6 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import commandline
 import flow
 import weights
 from cache import CachedSteps, check_blocks, effective_nfe, new_cache

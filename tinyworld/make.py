@@ -9,6 +9,8 @@ was stopped continues with the same command and --resume. The tokenizers are tho
 of the tiny world is one token.
 """
 
+import commandline  # first: it sets how threads wait before torch is loaded
+
 import copy
 import math
 from functools import partial
@@ -20,7 +22,6 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-import commandline
 import flow
 import weights
 from commandline import CommandLine, UserError, count, find_device
