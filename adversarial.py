@@ -39,7 +39,7 @@ def generator_turn(update, warmup, ratio):
 # ------------------------------------------------------------------------------------- the student's own sampling
 
 class LaterStep(NamedTuple):
-    """What a step after the first gave, with gradient, and what the whole of that step gives, without."""
+    """A step after the first: its outputs, with gradient, and those of the same step with all blocks, without."""
 
     velocity: torch.Tensor          # (B, C, H, W)
     correction: tuple               # Δ̃1 = f(Δ0): (B, N, width), (B, L, width)
@@ -77,7 +77,7 @@ def refine(student, cache, noise, nodes, cond, distil=False):
 # --------------------------------------------------------------------------------------------------------- losses
 
 def generator_loss(logits):
-    """The generator's turn (Sec. 3.3): its images are to be taken for real. logits: a tensor a level."""
+    """The generator's turn (Sec. 3.3): the discriminator should take its images for real. logits: a tensor a level."""
     return multilevel_loss(logits, REAL_LABEL)
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 
-# A thread that waits for the others is to sleep. If it spins, two threads beside another program are ten times slower.
+# A thread that waits for the others should sleep. If it spins, two threads beside another program are ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
 
 import torch  # noqa: E402
@@ -35,11 +35,18 @@ def run_script(main):
         sys.exit(1)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows each default that says something."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default not in (None, False, []) else action.help
+
+
 class CommandLine(argparse.ArgumentParser):
     """argparse that shows defaults, raises its errors as UserError and does not guess at abbreviated flags."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def error(self, message):
         raise UserError(message)
@@ -70,7 +77,7 @@ def number(least, below=math.inf, kind=float):
     def parse(text):
         value = kind(text)
         if not least <= value < below:
-            top = f" to {below:g}" if below < math.inf else ""
+            top = f" to below {below:g}" if below < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not a number from {least:g}{top}")
         return value
 

@@ -81,7 +81,8 @@ def gated_velocity(teacher, x, sigma, cond, uncond, guidance, alpha):
     """Gated teacher guidance, Eq. (4): v_∅ + w (v_c - v_∅) where σ ≤ α, and v_c where σ > α.
 
     At high noise, where structure forms, strong guidance pins all samples to the main mode and diversity collapses:
-    there it is off. α is compared with the shifted σ.
+    there it is off. α is compared with the shifted σ. Both passes run for all samples, in one batch, so that the
+    processes of a sharded run do not need to agree on who runs how many.
     x (B, C, H, W), sigma (B,), cond = (context, pooled) of B samples, uncond of one -> (B, C, H, W).
     """
     v_uncond, v_cond = flow.both_velocities(teacher, x, sigma, cond, uncond)

@@ -86,7 +86,7 @@ def open_tiny(args, path):
 def evaluations(pipeline):
     """Effective network evaluations an image."""
     blocks = pipeline.cache.blocks if pipeline.cache else None
-    return effective_nfe(len(pipeline.mmdit.joint_blocks), blocks, len(pipeline.sigmas) - 1, pipeline.guidance > 1)
+    return effective_nfe(len(pipeline.mmdit.joint_blocks), blocks, len(pipeline.sigmas) - 1, pipeline.guidance != 1)
 
 
 # ------------------------------------------------------------------------------------------ with prompts of a file
@@ -150,7 +150,10 @@ def per_picture(network, files, batch=16):
 def open_picture(file):
     """A PIL image in RGB, upright; photographs of other shapes are cropped to their centre square."""
     with weights.library_errors(file, "be read as a picture"):
-        picture = ImageOps.exif_transpose(Image.open(file, formats=["PNG", "JPEG", "WEBP"])).convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(file, formats=["PNG", "JPEG", "WEBP"]))
+        if picture.mode.startswith("I"):
+            raise UserError(f"{file}: has 16 bits a channel; save it with 8")
+        picture = picture.convert("RGB")
     return ImageOps.fit(picture, (min(picture.size),) * 2, Image.Resampling.LANCZOS)
 
 

@@ -119,14 +119,14 @@ def sample(model, noise, sigmas, cond, uncond=None, guidance=1.0, progress=False
     model     called as model(x, sigma (B,), context, pooled) -> velocity like x
     noise     (B, C, H, W)
     sigmas    (n+1,), decreasing, from 1 to 0
-    cond      (context (B, L, D), pooled (B, P)); `uncond` likewise or of one prompt, used when guidance > 1
+    cond      (context (B, L, D), pooled (B, P)); `uncond` likewise or of one prompt, used unless guidance is 1
     Returns the latents x_0, (B, C, H, W).
     """
     x = noise
     steps = list(zip(sigmas[:-1], sigmas[1:]))
     for sigma, sigma_next in tqdm(steps, desc="sampling", disable=not progress, leave=False):
         level = sigma.expand(len(x))
-        if guidance > 1:
+        if guidance != 1:
             velocity = guide(*both_velocities(model, x, level, cond, uncond), guidance)
         else:
             velocity = model(x, level, *cond)

@@ -132,14 +132,14 @@ class Run:
     def __init__(self, args, settings, name, networks, optimizers, iterations, sheet=None):
         self.args, self.name, self.networks, self.optimizers = args, name, networks, optimizers
         self.settings, self.iterations, self.sheet, self.step = settings, iterations, sheet, 0
-        self.skipped, self.stop, self.sums, self.counts = 0, False, {}, {}
+        self.skipped, self.stop, self.sums, self.counts = {}, False, {}, {}
         self.log, self.bar = args.out / "log.jsonl", None
         self.restore()
         self.saved = self.logged = time.monotonic()
         self.logged_step = self.step
 
     def restore(self):
-        """Take up the saved state, if there is one. Raises UserError if it is that of another run."""
+        """Restore the saved state, if there is one. Raises UserError if it is that of another run."""
         header = parallel.read_header(self.args.out)
         if header is not None and header.get("name") == self.name:
             was = header.get("settings", {})
@@ -169,13 +169,14 @@ class Run:
 
     def end_step(self, **values):
         """Log numbers or tensors () under their names; every so often, and at the end, draw a sheet and save."""
-        norms = [value for value in values.values() if isinstance(value, float)]
-        finite = all(map(math.isfinite, norms))  # the same in all processes
-        self.skipped = 0 if finite else self.skipped + 1
+        norms = {name: value for name, value in values.items() if isinstance(value, float)}
+        finite = all(map(math.isfinite, norms.values()))  # the same in all processes
+        turn = tuple(norms)  # whose turn it was; its failures in a row count
+        self.skipped[turn] = 0 if finite else self.skipped.get(turn, 0) + 1
         for name, value in (values if finite else {"skipped": 1}).items():
             self.sums[name] = self.sums.get(name, 0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
-        if self.skipped == MOST_SKIPPED:
+        if self.skipped[turn] == MOST_SKIPPED:
             raise UserError(f"{self.args.out}: {MOST_SKIPPED} updates in a row had gradients that are not finite, the "
                             f"last in step {self.step + 1}; start again with lower learning rates or with --dtype fp32")
         self.step += 1
@@ -215,7 +216,7 @@ class Run:
 
 
 class Sheet:
-    """Contact sheets of the same prompts and seeds each time: a row a prompt, two images of each pipeline."""
+    """Contact sheets of the same prompts and seeds each time: one row per prompt, two images of each pipeline."""
 
     def __init__(self, pipelines, prompts, seeds=(1, 2)):
         """pipelines: {name: pipeline.Pipeline}; all but the "student" never change and are drawn once."""

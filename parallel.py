@@ -80,7 +80,7 @@ def average(tensors):
 
 
 def clip_gradients(parameters, max_norm):
-    """Average the gradients that FSDP2 does not, and clip their norm, that of all together. Returns it as it was."""
+    """Average the gradients that FSDP2 has not averaged; then clip the norm of all together. Returns it unclipped."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     sharded, whole = ([g for g in gradients if isinstance(g, DTensor) == kind] for kind in (True, False))
     average(whole)
@@ -110,12 +110,12 @@ def shard(network, dtype, device):
 
 
 def full(tensor):
-    """All of a tensor, sharded or not. If it is sharded, all processes must ask."""
+    """All of a tensor, sharded or not. If it is sharded, all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(network, sharded):
-    """Copy the weights of a sharded network to a plain one, on the CPU of the first process. All processes must ask."""
+    """Copy the weights of a sharded network to a plain one, on the CPU of the first process. All must call this."""
     target = network.state_dict() if is_first() else None
     for name, tensor in sharded.state_dict().items():
         tensor = full(tensor.detach())

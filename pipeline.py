@@ -74,7 +74,7 @@ class Pipeline:
         """
         shape, latents = self.latent_shape(size), []
         batch = self.batch(size)
-        uncond = self.text([""]) if self.guidance > 1 else None
+        uncond = self.text([""]) if self.guidance != 1 else None
         for i in range(0, len(prompts), batch):
             distinct = list(dict.fromkeys(prompts[i:i + batch]))  # often many images of one prompt
             rows = [distinct.index(prompt) for prompt in prompts[i:i + batch]]

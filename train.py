@@ -42,12 +42,12 @@ def shared_arguments(parser):
     add("--model", help="the teacher: file, folder or Hugging Face id")
     add("--prompts", help="a file of prompts; without it captions of the tiny world")
     add("--text-cache", default="runs/text", metavar="DIR", help="where encoded prompts of official models are kept")
-    add("--at-once", type=from_zero, default=1, help="samples a device works on at once, gradients accumulate; 0: all")
+    add("--at-once", type=from_zero, default=1, help="samples that a device works on at once; gradients accumulate; 0: all")
     add("--recompute", action=argparse.BooleanOptionalAction, default=True,
         help="run each block again for its backward pass instead of keeping its activations")
-    add("--seed", type=commandline.seed, default=0, help="of all that is random")
+    add("--seed", type=commandline.seed, default=0, help="random seed")
     add("--device", help="without it cuda if there is one, else cpu")
-    add("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; without it bf16 where it is faster")
+    add("--dtype", choices=["bf16", "fp32"], help="precision of the arithmetic; without it bf16 where it is faster")
     add("--out", type=Path, help="a folder; without it runs/stage1, runs/stage1-4steps, runs/stage2, …")
     add("--resume", action="store_true", help="continue the run in --out from its last saved state")
     add("--bare", action="store_true", help="draw no sheets and measure nothing at the end")
@@ -58,44 +58,44 @@ def stage1_arguments(parser):
     add("--steps", type=int, choices=[1, 2, 4, 8], default=2, help="n, of the student")
     add("--guidance", type=number(0), default=7.0, help="w of Eq. (4), the teacher's")
     add("--alpha", type=number(0), default=0.96, help="α of Eq. (4): guidance is on up to this noise level; 1: always")
-    add("--density", choices=list(dmd.DENSITIES), default="c", help="of the student's noise levels (Fig. 10)")
+    add("--density", choices=list(dmd.DENSITIES), default="c", help="how the student's noise levels are drawn (Fig. 10)")
     add("--windows", choices=["step", "whole"], default="step", help="levels at which a step is compared: its own "
         "window (TDM) or all (DMD)")
-    add("--iterations", type=count, default=500, help="of fake score and student, 1 : 1")
-    add("--batch", type=count, default=64, help="over all processes")
+    add("--iterations", type=count, default=500, help="updates of the fake score and of the student, which alternate")
+    add("--batch", type=count, default=64, help="samples of an update, over all processes")
     add("--student-lr", type=positive, default=5e-6, help="learning rate of G")
     add("--fake-lr", type=positive, default=4e-5, help="learning rate of F")
     add("--student-clip", type=positive, default=2.0, help="largest norm of G's gradient")
     add("--fake-clip", type=positive, default=1.0, help="largest norm of F's gradient")
-    add("--lora", type=from_zero, default=0, help="rank of adapters over one frozen network that all three share, at "
-        "three times the rates (ours, to save memory); 0: all weights")
+    add("--lora", type=from_zero, default=0, help="train adapters of this rank, at three times the rates, over one "
+        "frozen network that all three share (an addition, to save memory); 0: train all weights")
 
 
 def stage2_arguments(parser):
     add = parser.add_argument
     add("--steps", type=int, choices=[2, 4, 8], help="n; without it as many as the student has")
     add("--student", help="to start from; without it this preset's Stage I run of 2 (or --steps) steps")
-    add("--reference", help="makes the real images; without it this preset's student of twice as many steps, or else "
-        "the teacher; truth: true scenes (tiny world)")
+    add("--reference", help="makes the real images; without it this preset's student of twice as many steps, of Stage "
+        "II or else I (released: I), or else the teacher; truth: true scenes (tiny world)")
     add("--backbone", default="laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
         help="the discriminator's ConvNeXt")
     add("--cache", type=commandline.blocks, default=(2, 9), metavar="A-B",
         help="blocks, from 0, that only the first step runs (Fig. 12), or none")
     add("--correction", choices=list(CORRECTIONS), default="mlp",
-        help="of the cached residual Δ0: f, an MLP; none, plain re-use; prune, 0 instead")
+        help="what corrects the cached residual Δ0: f, an MLP; none: plain re-use; prune: the blocks are left out")
     add("--objective", choices=["adv", "adv+output+feature", "output+feature", "output", "feature"], default="adv",
         help="adversarial, distillation of output or feature, or several (Fig. 13)")
-    add("--output-weight", type=positive, default=1.0, help="of the output distillation")
-    add("--feature-weight", type=positive, default=1.0, help="of the feature distillation")
+    add("--output-weight", type=positive, default=1.0, help="weight of the output distillation")
+    add("--feature-weight", type=positive, default=1.0, help="weight of the feature distillation")
     add("--iterations", type=count, default=4000, help="updates of either side")
-    add("--batch", type=count, default=32, help="over all processes")
+    add("--batch", type=count, default=32, help="samples of an update, over all processes")
     add("--student-lr", type=positive, default=1e-5, help="learning rate of G")
     add("--compensator-lr", type=positive, default=1e-3, help="learning rate of f")
     add("--discriminator-lr", type=positive, default=1e-5, help="learning rate of the heads")
     add("--student-clip", type=positive, default=2.0, help="largest norm of the gradients of G and f together")
     add("--decay", action=argparse.BooleanOptionalAction, default=False, help="let the rates of G and f fall to zero")
-    add("--discriminator-warmup", type=from_zero, default=50, help="its updates before the generator's first")
-    add("--discriminator-updates", type=from_zero, default=2, help="for each update of the generator")
+    add("--discriminator-warmup", type=from_zero, default=50, help="updates of the discriminator before the generator's first")
+    add("--discriminator-updates", type=from_zero, default=2, help="updates of the discriminator for each of the generator")
     add("--student-warmup", type=from_zero, default=317, help="updates of f before G moves: what the released 1,000 "
         "of every kind amount to")
     add("--lora", type=from_zero, default=64, help="rank of the adapters that are trained; 0: all weights")
@@ -169,6 +169,7 @@ def main():
 
 def stage1(args):
     """Stage I (Fig. 3), structure-focused distribution matching (Sec. 3.2, 3.3): teacher, fake score and student."""
+    micro_batches = parallel.micro_batches(args.batch, args.at_once)
     prompts, text = open_prompts(args)
     frozen, (student, fake), learned = open_networks(args, args.model, 2, everywhere=True)
     teacher = load_pipeline(args.model, args.device, mmdit=frozen, text=text)
@@ -186,7 +187,7 @@ def stage1(args):
     run = Run(args, settings(args), "stage 1", dict(zip(("student", "fake"), learned)),
               {"student_adamw": student_adamw, "fake_adamw": fake_adamw}, args.iterations,
               None if args.bare else Sheet(pipelines, sheet_prompts(prompts)))
-    micro_batches, shape = parallel.micro_batches(args.batch, args.at_once), (args.batch, *teacher.latent_shape())
+    shape = args.batch, *teacher.latent_shape()
 
     for step in run.steps():
         generator = seeded(args.seed, step)
@@ -207,7 +208,7 @@ def stage1(args):
             rollouts.append((rows, states, cond))
         fake_norm = optimizer_step([fake_adamw], args.fake_clip)
 
-        for rows, states, cond in rollouts:  # the student moves from where F would have its sample to where T would
+        for rows, states, cond in rollouts:  # the student meets F and T on its samples, and moves
             with autocast(args):
                 loss = dmd.student_loss(student, fake, teacher.mmdit, states,
                                         rows_of(student_levels, rows, args.device), cond, uncond, args.guidance,
@@ -220,7 +221,7 @@ def stage1(args):
         run.end_step(fake=fake_mean, student=student_mean, fake_norm=fake_norm, norm=student_norm, guided=guided)
 
     finish(args, of_student, args.model, fake)
-    if parallel.is_first() and measures.is_tiny_world(args.model) and not args.bare:
+    if measures.is_tiny_world(args.model) and not args.bare:
         with autocast(args):
             measures.write(args.out, {"student": of_student}, beside=args.model)
 
@@ -234,6 +235,7 @@ def rows_of(levels, rows, device):
 
 def stage2(args):
     """Stage II (Fig. 3), adversarial refinement with cached blocks (Sec. 3.3, 3.4), trained as the student samples."""
+    micro_batches = parallel.micro_batches(args.batch, args.at_once)
     find_models(args)
     backbone = adversarial.load_backbone(args.backbone, args.device) if "adv" in args.objective else None
     prompts, text = open_prompts(args)
@@ -270,7 +272,6 @@ def stage2(args):
     run = Run(args, settings(args), "stage 2", networks, optimizers, args.iterations,
               None if args.bare else Sheet({**pipelines, **({"reference": reference} if reference else {})},
                                            sheet_prompts(prompts)))
-    micro_batches = parallel.micro_batches(args.batch, args.at_once)
 
     for step in run.steps():
         generator = seeded(args.seed, step)
@@ -303,18 +304,18 @@ def stage2(args):
                     logits = discriminator(torch.cat([real, fake]))
                     of_real, of_fake = zip(*(level.chunk(2) for level in logits))
                     losses = {"discriminator": adversarial.discriminator_loss(of_real, of_fake)}
-                    discriminator.heads.eval()  # spectral norm: one power iteration an update, not a micro-batch
+                    discriminator.heads.eval()  # one power iteration of spectral norm an update; released: two a part
                     means["AUC"] = means.get("AUC", 0) + adversarial.auc(of_real, of_fake) / len(micro_batches)
             (sum(losses.values()) / len(micro_batches)).backward()
             for name, loss in losses.items():
                 means[name] = means.get(name, 0) + loss.detach() / len(micro_batches)
 
         if turn is None:
-            optimizer_step([discriminator_adamw], math.inf)  # as released, not clipped
-            run.end_step(**means)
+            norm = optimizer_step([discriminator_adamw], math.inf)  # as released, not clipped
+            run.end_step(**means, discriminator_norm=norm)
             continue
         if "compensator" in networks and turn < args.student_warmup:
-            for parameter in trainable(student):  # it does not move yet
+            for parameter in trainable(student):  # it does not move yet; released: its gradient counts when clipping
                 parameter.grad = None
         for group, (_, rate) in zip(generator_adamw.param_groups, rates):
             group["lr"] = rate * (1 - step / args.iterations if args.decay else 1)
@@ -323,10 +324,10 @@ def stage2(args):
     finish(args, of_student, args.student)
     if parallel.is_first():
         nfe = effective_nfe(len(frozen.joint_blocks), args.cache, len(nodes) - 1)
-        print(f"an image takes {nfe:.2f} effective evaluations")
-        if measures.is_tiny_world(args.model) and not args.bare:
-            with autocast(args):
-                measures.write(args.out, pipelines, beside=args.model)
+        print(f"an image takes {nfe:.2f} effective evaluations, and about 0.01 more for f")
+    if measures.is_tiny_world(args.model) and not args.bare:
+        with autocast(args):
+            measures.write(args.out, pipelines, beside=args.model)
 
 
 def find_models(args):
@@ -352,7 +353,7 @@ def find_models(args):
     if not args.cache and (args.objective != "adv" or args.correction != "mlp"):
         raise UserError("--objective and --correction need a --cache: without one there is nothing to distil or correct")
     if "feature" in args.objective and args.correction != "mlp":
-        raise UserError(f"--objective {args.objective} teaches f, which --correction {args.correction} leaves out")
+        raise UserError(f"--objective {args.objective} trains f, and --correction {args.correction} has none")
     if args.cache == (0, source.blocks - 1) and args.lora and args.correction != "mlp":
         raise UserError("with all blocks cached and no f there is nothing to train: the adapters lie in the blocks")
 
@@ -360,10 +361,10 @@ def find_models(args):
 def load_reference(args, student):
     """The generator of the real images, with the student's autoencoder and text: a few-step student, or the teacher."""
     mmdit = frozen_network(args, args.reference)
-    reference = load_pipeline(args.reference, args.device, mmdit=mmdit, text=student.text)
+    reference = replace(load_pipeline(args.reference, args.device, mmdit=mmdit, text=student.text), vae=student.vae)
     if reference.latent_shape() != student.latent_shape():
         raise UserError(f"{args.reference}: its latents are not those of {args.student}")
-    passes = (len(reference.sigmas) - 1) * (2 if reference.guidance > 1 else 1)
+    passes = (len(reference.sigmas) - 1) * (2 if reference.guidance != 1 else 1)
     if passes > 8 and args.steps <= 4 and parallel.is_first():
         again = f" --preset {args.preset}" * (args.preset != "tiny") + f" --prompts {args.prompts}" * bool(args.prompts)
         print(f"reference: {args.reference}, {passes} network passes for each real image. A student of "

@@ -331,7 +331,10 @@ def save_network(module, folder, config, metadata=None, dtype=None):
 
 def write_safetensors(path, tensors, metadata=None):
     with replacing(path) as part:
+        part.touch()
+        mode = part.stat().st_mode
         save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
+        part.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def write_json(path, value):

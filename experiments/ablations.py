@@ -23,7 +23,7 @@ from scipy import stats
 
 import weights
 from commandline import CommandLine, UserError, count
-from pipeline import is_finished
+from pipeline import TINY, is_finished
 
 OURS, OURS4 = "--stage 1", "--stage 1 --steps 4"
 TDM, TDM4 = (f"{ours} --alpha 1 --density uniform" for ours in (OURS, OURS4))
@@ -81,6 +81,7 @@ def main():
     parser.add_argument("--seeds", type=count, default=5, help="training runs of each arm: seeds 0, 1, …")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="a folder")
     args = parser.parse_args()
+    args.out = args.out.resolve()
     weights.check_writable(args.out)
     for seed in range(args.seeds):
         for name in args.only or ARMS:
@@ -97,7 +98,7 @@ def main():
 def measure(out, arm, train, evaluate, seed):
     """Train an arm, if need be, measure it, and add its row to results.csv."""
     start = time.monotonic()
-    model = trained(out, train, seed) if train else Path("tiny-sd3")
+    model = trained(out, train, seed) if train else TINY
     run("evaluate.py", "quality", model, *evaluate.split(), "--out", out / "quality")
     found, = json.loads((out / "quality" / "quality.json").read_text()).values()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -129,7 +130,7 @@ def trained(out, train, seed):
 def run(*words):
     words = [str(word) for word in words]
     print("python", *words, file=sys.stderr)
-    if subprocess.run([sys.executable, *words]).returncode:
+    if subprocess.run([sys.executable, *words], cwd=TINY.parent).returncode:
         raise UserError(f"`python {' '.join(words)}` failed")
 
 

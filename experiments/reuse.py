@@ -17,7 +17,7 @@ import weights
 from commandline import CommandLine, UserError, count, find_device
 from pipeline import TINY, load_pipeline
 from prompts import draw_prompts, read_prompts
-from tinyworld import measures
+from tinyworld import measures, scenes
 
 
 def main():
@@ -45,7 +45,7 @@ def main():
              "| block | image | text |", "|---|---|---|"]
     lines += [f"| {block} | {image:.3f} | {text:.3f} |" for block, (image, text) in enumerate(errors.tolist())]
     print("\n".join(lines))
-    if not args.prompts:
+    if not args.prompts and pipeline.latent_shape()[1] * pipeline.vae.factor == scenes.SIZE:
         ranges = {}
         for first in range(len(errors) - args.count + 1):
             blocks = first, first + args.count - 1

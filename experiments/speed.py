@@ -105,12 +105,14 @@ def speed(args):
         f"{torch.get_num_threads()} CPU threads"
     height, width = (vae.factor * side for side in shape[1:])
     return [*lines, "", f"{args.preset or args.model}, {depth} blocks, {height}×{width}, batch {args.batch}; without text "
-            f"and VAE, which takes {seconds['VAE']:.3g} s. {machine}, {args.dtype}, torch {torch.__version__}, Python "
+            f"and VAE, which takes {seconds['VAE']:.3g} s. FLOPs on a CPU leave attention out. {machine}, {args.dtype}, torch {torch.__version__}, Python "
             f"{platform.python_version()}."]
 
 
 def clock(run, device):
     """Seconds that a function takes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     start = time.perf_counter()
     run()
     if device.type == "cuda":

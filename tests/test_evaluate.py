@@ -97,11 +97,10 @@ def test_scores_of_pictures_are_those_of_transformers_and_scipy(judges, two_step
     means = (np.array([np.array(picture).mean((0, 1)) for picture in pictures]) for pictures in (own, real))
     assert found == pytest.approx({"evaluations": 2, "CLIP score": 100 * right, "FID": scipys_distance(*means),
                                    "CLIP distance": 1 - (one * other).sum(1).mean().item()}, rel=1e-3)
-    for flag, wrong, message in (("--clip", "dino", "dino: tensor logit_scale is missing"),
-                                 ("--reference", "dino", "dino: holds 0 pictures"),
-                                 ("--inception", "prompts.txt", "prompts.txt: cannot be read as a TorchScript")):
+    for flag, wrong, message in (("--clip", "dino", "tensor logit_scale is"), ("--reference", "dino", "0 pictures"),
+                                 ("--inception", "prompts.txt", "cannot be read as a TorchScript network")):
         status, _, errors = run_command(evaluate.main, *words, flag, judges / wrong, capsys=capsys)
-        assert status == 2 and message in errors.splitlines()[-1]
+        assert status == 2 and all(text in errors.splitlines()[-1] for text in (f"{wrong}: ", message))
 
 
 def test_a_models_samples_are_compared_with_anothers_in_a_vision_models_features(judges, two_steps, tmp_path, capsys):

@@ -217,8 +217,8 @@ def test_the_log_has_a_line_every_so_often_and_at_the_end(four_steps, refined):
     names = {"run", "step", "fake", "student", "fake_norm", "norm", "guided", "seconds"}
     assert [(entry["step"], entry.keys()) for entry in read_log(four_steps)] == [(2, names), (3, names)]
     entry, = read_log(refined)
-    assert entry.keys() == {"run", "step", "discriminator", "AUC", "adversarial", "output", "feature", "norm",
-                            "seconds"}
+    assert entry.keys() == {"run", "step", "discriminator", "AUC", "discriminator_norm", "adversarial", "output",
+                            "feature", "norm", "seconds"}
 
 
 @torch.no_grad()

@@ -36,8 +36,8 @@ from vae import VAE, ResBlock
 CLIP_WIDTH, T5_WIDTH = 64, 128
 WIDTH, DEPTH, POS_MAX = 128, 12, 16   # of the MMDiT; images up to 128×128
 LATENT_NOISE = 0.05
-# Latents of 4 channels, a quarter of the image a side; SD3's are of 16, an eighth. A token is so a patch of 8×8 pixels,
-# not 16×16, which is coarse for 64 pixels a side; and what it holds, 16 numbers, fits a width of 128 well.
+# Latents of 4 channels, a quarter of the image a side; SD3's are of 16, an eighth. So a token is a patch of 8×8 pixels,
+# not 16×16, which is coarse for 64 pixels a side, and the 16 numbers that it holds fit a width of 128 well.
 LATENT_CHANNELS = 4
 VAE_WIDTHS, VAE_LAYERS, VAE_GROUPS = (24, 48, 96), 1, 8
 SHIFT = 3.0
@@ -53,7 +53,7 @@ def main():
     add("--start", help="a tiny SD3 whose text encoders and autoencoder are kept and whose transformer is trained on")
     add("--updates", type=count, default=24_000, help="of the teacher")
     add("--fall", type=count, default=12_000, help="its last updates, over which its rates fall to zero")
-    add("--batch", type=count, default=64, help="of the teacher")
+    add("--batch", type=count, default=64, help="of the teacher, an even number")
     add("--captions", type=count, default=1024, help="to measure the teacher with")
     add("--seed", type=commandline.seed, default=0, help="of all that is random")
     add("--device", help="without it cuda if there is one, else cpu")
@@ -62,6 +62,8 @@ def main():
     args = parser.parse_args()
     args.device = find_device(args.device)
     args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
+    if args.batch % 2:
+        raise UserError(f"--batch {args.batch}: the noise levels of a batch come in pairs; give an even number")
     weights.check_writable(args.out)
     if any(args.out.iterdir()) and not args.resume:
         raise UserError(f"{args.out} is not empty: continue its run with --resume, or choose another --out")
@@ -76,8 +78,9 @@ def make(args):
     else:
         text = train_part(args, "text", TinyText(), text_loss, {"adamw": 2e-3}).encoders
         vae = train_part(args, "vae", new_vae(), vae_loss, {"adamw": 2e-3})
-        with autocast(args), torch.no_grad():
-            whiten(vae, scenes.encode(vae, scenes.LABELS).float())
+        with autocast(args):
+            latents = scenes.encode(vae, scenes.LABELS).float()
+        whiten(vae, latents)
         vae = train_part(args, "decoder", decoder_of(vae), vae_loss, {"adamw": 2e-3})
         mmdit = new_mmdit()
     data = encode_world(text, vae)
@@ -118,12 +121,12 @@ def train_part(args, name, network, loss, rates, updates=None, fall=None):
     optimizers = {"adamw": torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)}
     if matrices:
         optimizers["muon"] = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    settings = {"seed": args.seed, "dtype": args.dtype, "updates": updates, "fall": fall, "batch": args.batch}
+    settings = {"start": args.start, "seed": args.seed, "dtype": args.dtype, "updates": updates, "fall": fall, "batch": args.batch}
     run = Run(args, settings, name, {"network": network, "averaged": averaged}, optimizers, updates)
     for step in run.steps():
         for key, optimizer in optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = rates[key] * min(1, (step + 1) / 100, (updates - step) / (fall or updates))
+                group["lr"] = rates[key] * min(1, (step + 1) / 100, (updates - step) / min(fall or updates, updates))
         with autocast(args):
             value = loss(network, seeded(args.seed, step))
         value.backward()

@@ -70,7 +70,7 @@ def prompts_to_measure(captions, samples):
 
 
 def measure(draw, captions=256, samples=64, reference=None):
-    """What a generator is worth -> {measure: value}; MEANING explains them.
+    """Quality measures of a generator -> {measure: value}; MEANING explains them.
 
     draw(prompts, seeds) -> images (N, 3, 64, 64) in [-1, 1], on the CPU. reference: images of the random captions by
     another generator; adds the Fréchet distance to them, which is the paper's measure if they are the teacher's.
@@ -113,12 +113,15 @@ def is_tiny_world(model):
 
 
 def write(folder, pipelines, beside):
-    """Measure pipelines, {name: Pipeline}, write metrics.json and print it below what the model `beside` has of itself.
+    """Measure pipelines, {name: Pipeline}, write metrics.json and print it below the measures of the model `beside`.
+
+    All processes must call it: a sharded network needs all of them to run.
     """
     found = {name: measure(pipeline.images) for name, pipeline in tqdm(pipelines.items(), desc="measuring",
                                                                        disable=not parallel.is_first())}
-    weights.write_json(folder / "metrics.json", found)
-    print(table({**weights.read_json(Path(beside) / "measures.json"), **found}), "\n", MEANING, sep="\n")
+    if parallel.is_first():
+        weights.write_json(folder / "metrics.json", found)
+        print(table({**weights.read_json(Path(beside) / "measures.json"), **found}), MEANING, sep="\n\n")
 
 
 def table(measured):
