@@ -39,7 +39,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that shows each default that says something."""
 
     def _get_help_string(self, action):
-        return super()._get_help_string(action) if action.default not in (None, False, []) else action.help
+        nothing = action.default is None or action.default is False or action.default == []
+        return action.help if nothing else super()._get_help_string(action)
 
 
 class CommandLine(argparse.ArgumentParser):
