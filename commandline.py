@@ -5,8 +5,10 @@ import math
 import os
 import sys
 
-# A thread that waits for the others should sleep. If it spins, two threads beside another program are ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
+# How long a thread that waits for the others spins before it sleeps; read once, when torch is loaded. By default it spins
+# so long that two threads beside another program are ten times slower. OMP_WAIT_POLICY=passive lets it sleep at once.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 import torch  # noqa: E402
 
