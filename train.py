@@ -324,7 +324,7 @@ def stage2(args):
     finish(args, of_student, args.student)
     if parallel.is_first():
         nfe = effective_nfe(len(frozen.joint_blocks), args.cache, len(nodes) - 1)
-        print(f"an image takes {nfe:.2f} effective evaluations, and about 0.01 more for f")
+        print(f"an image takes {nfe:.2f} effective evaluations, counted in blocks; f is not counted")
     if measures.is_tiny_world(args.model) and not args.bare:
         with autocast(args):
             measures.write(args.out, pipelines, beside=args.model)
