@@ -12,7 +12,6 @@ The losses are pure functions.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch

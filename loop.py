@@ -89,10 +89,10 @@ def trainable(network):
     return [p for p in network.parameters() if p.requires_grad]
 
 
-def adamw(rates, betas, weight_decay=1e-4):
+def adamw(rates, betas):
     """AdamW over the trained parameters of (network, learning rate) pairs."""
     groups = [{"params": trainable(network), "lr": lr} for network, lr in rates]
-    return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=1e-4, eps=1e-8, fused=True)
 
 
 def optimizer_step(optimizers, max_norm):

@@ -22,7 +22,7 @@ import adversarial
 import dmd
 import parallel
 import weights
-from cache import CORRECTIONS, Cache, check_blocks, effective_nfe, load_cache, new_cache
+from cache import CORRECTIONS, check_blocks, effective_nfe, new_cache
 from commandline import CommandLine, UserError, count, from_zero, number, positive
 from loop import (Run, Sheet, adamw, autocast, fast_bf16, frozen_network, open_networks, optimizer_step, seeded,
                   trainable, whole)

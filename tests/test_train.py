@@ -15,7 +15,7 @@ import flow
 import loop
 import train
 import weights
-from cache import Cache, CachedSteps, new_cache
+from cache import CachedSteps, new_cache
 from commandline import UserError
 from conftest import read_state, run_command, run_train
 from lora import add_lora

@@ -81,7 +81,8 @@ def make(args):
         with autocast(args):
             latents = scenes.encode(vae, scenes.LABELS).float()
         whiten(vae, latents)
-        vae = train_part(args, "decoder", decoder_of(vae), vae_loss, {"adamw": 2e-3})
+        vae.decoder.requires_grad_(True)  # the latents are settled: from here on only the decoder learns
+        vae = train_part(args, "decoder", vae, vae_loss, {"adamw": 2e-3})
         mmdit = new_mmdit()
     data = encode_world(text, vae)
     mmdit.requires_grad_(True).pos_embed.requires_grad_(False)
@@ -200,13 +201,6 @@ def whiten(vae, latents):
     out.weight[vae.channels:], out.bias[vae.channels:] = 0, 2 * math.log(LATENT_NOISE)
 
 
-def decoder_of(vae):
-    """The autoencoder once its latents are settled: from here on only the decoder learns."""
-    vae.encoder.requires_grad_(False)
-    vae.decoder.requires_grad_(True)
-    return vae.train()
-
-
 def new_mmdit():
     """An untrained MMDiT of SD3-Medium's kind, without QK norm. Its blocks start as identities (Peebles & Xie 2023)."""
     model = MMDiT(depth=DEPTH, width=WIDTH, heads=WIDTH // 64, context_dim=T5_WIDTH, pooled_dim=2 * CLIP_WIDTH,
@@ -268,7 +262,7 @@ def vae_loss(vae, generator, batch=16, kl_weight=1e-5):
     images = scenes.render(labels)
     if crops:
         images = crop_objects(images, labels, generator)
-    images = images.to(device_of(vae))
+    images = images.to(vae.decoder.conv_in.weight.device)
     mean, log_variance = vae.moments(images)
     z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator).to(mean.device)
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
@@ -303,10 +297,6 @@ def teacher_loss(latents, context, pooled, empty, model, generator, batch=64, dr
         part[dropped] = of_empty
     allowed = scenes.allowed(scenes.LABELS[index], named & ~dropped[:, None]).to(x.device)
     return F.mse_loss(model(x, sigma, *cond), true_velocity(x, sigma, latents, allowed))
-
-
-def device_of(network):
-    return next(network.parameters()).device
 
 
 if __name__ == "__main__":
