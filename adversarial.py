@@ -175,6 +175,58 @@ class BlurPool(nn.Module):
         return F.conv2d(F.pad(x, (before, after, before, after)), kernel, groups=x.shape[1])
 
 
+class PyramidDiscriminator(nn.Module):
+    """A small network for each level of a Laplacian pyramid, all learned from nothing: images -> logits, one map a level.
+
+    Deviation, for the tiny world: nobody has trained a network on its pictures as CLIP's was on photographs, and one
+    trained for that purpose, frozen, saw damage but gave the generator no direction (docs/experiments.md). A level is
+    what a blur takes away (Burt & Adelson 1983; Denton et al. 2015), so that fine detail is not drowned by large areas.
+    """
+
+    GAINS = 5, 3, 1  # fine detail is faint; the last level is the picture, at a quarter of its size
+
+    def __init__(self, hidden=32):
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Sequential(
+            nn.Conv2d(3, hidden, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(hidden, 2 * hidden, 4, stride=2, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * hidden, 1, 1)) for _ in self.GAINS)
+
+    def forward(self, images):
+        """images (B, 3, H, W) in [-1, 1] -> logits (B, 1, H/4, W/4), (B, 1, H/8, W/8), (B, 1, H/16, W/16)."""
+        logits = []
+        for head, gain in zip(self.heads, self.GAINS):
+            smaller = F.avg_pool2d(images, 2)                                           # (B, 3, H/2, W/2)
+            coarse = F.interpolate(smaller, scale_factor=2, mode="bilinear") if gain > 1 else 0
+            logits.append(head(gain * (images - coarse)))
+            images = smaller
+        return logits
+
+
+class ImagePool(nn.Module):
+    """Images that the discriminator learns from, where drawing new ones for each update would take most of the time.
+
+    The real ones stay; each of the student's newest takes the place of its oldest (Shrivastava et al. 2017). They are
+    buffers, so that a run's state has them. Both (N, 3, H, W).
+    """
+
+    def __init__(self, real, fake):
+        super().__init__()
+        self.register_buffer("real", real.contiguous())
+        self.register_buffer("fake", fake.contiguous())
+
+    def draw(self, n, generator):
+        """n random images of either kind, (n, 3, H, W)."""
+        return (images[torch.randint(len(images), (n,), generator=generator)]
+                for images in (self.real, self.fake))
+
+    def add(self, images):
+        """Images of the student, (n, 3, H, W)."""
+        self.fake.copy_(self.fake.roll(-len(images), dims=0))
+        self.fake[-len(images):] = images.detach().clamp(-1, 1)
+
+
 class ConvNeXt(nn.Module):
     """The image tower of OpenCLIP's ConvNeXt (Liu et al. 2022; `convnext_xxlarge`, laion2b_s34b_b82k_augreg_soup).
 
@@ -263,7 +315,9 @@ def load_backbone(path, device="cpu", dtype=torch.float32):
 
     Sizes are read off the tensors; a text tower beside it is ignored. Raises UserError as mmdit.load_mmdit does.
     """
-    folder = weights.find_component(weights.find_model(path, [BACKBONE_FILE]), "backbone")
+    folder = weights.find_model(path, [BACKBONE_FILE])
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise weights.UserError(f"{path}: holds no {BACKBONE_FILE}; docs/official.md says how to make it from OpenCLIP's pickle")
     source = weights.NetworkFiles(folder / BACKBONE_FILE if (folder / BACKBONE_FILE).exists() else folder, "backbone")
     if source.blocks != 4:
         raise weights.UserError(f"{source.path}: holds no ConvNeXt of OpenCLIP (it has {source.blocks} stages, not 4)")

@@ -76,16 +76,15 @@ class Cache(NamedTuple):
     compensator: nn.Module = PlainReuse()
 
 
-def new_cache(blocks, width, correction="mlp"):
+def new_cache(blocks, width, correction="mlp", device="cpu"):
     """A cache at the start of training: f is the identity. The other two CORRECTIONS have nothing to train."""
-    return Cache(blocks, Compensator(width) if correction == "mlp" else CORRECTIONS[correction]())
+    return Cache(blocks, (Compensator(width) if correction == "mlp" else CORRECTIONS[correction]()).to(device))
 
 
 class CachedSteps:
     """A network for one sampling run, called once a step: the first call runs all blocks and fills the cache.
 
-    Δ0 is that of the first step, and it is corrected once, however many steps use it. If `cache` is None, every step
-    runs all blocks.
+    Δ0 is that of the first step. If `cache` is None, every step runs all blocks.
     """
 
     def __init__(self, model, cache):
@@ -99,8 +98,7 @@ class CachedSteps:
         if self.first is None:
             self.first = Residual(self.cache.blocks)
             return self.model(x, sigma, context, pooled, self.first)
-        if self.corrected is None:  # here and not in the first step, which training runs without gradient
-            self.corrected = Residual(self.cache.blocks, self.cache.compensator(*self.first.streams))
+        self.corrected = Residual(self.cache.blocks, self.cache.compensator(*self.first.streams))
         return self.model(x, sigma, context, pooled, self.corrected)
 
 
@@ -161,9 +159,9 @@ def load_cache(folder, model, device="cpu", dtype=torch.float32):
     with weights.library_errors(file, "be read as the compensator of this student"):
         first, last = map(range(len(model.joint_blocks)).index, json.loads(header["blocks"]))
         check_blocks((first, last), len(model.joint_blocks), steps=2)
-        cache = new_cache((first, last), model.pos_embed.shape[2], header["correction"])
+        cache = new_cache((first, last), model.pos_embed.shape[2], header["correction"], device)
     weights.load_plain(cache.compensator, file)
-    cache.compensator.to(device, dtype).requires_grad_(False).eval()
+    cache.compensator.to(dtype).requires_grad_(False).eval()
     return cache
 
 

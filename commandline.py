@@ -41,7 +41,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Help that shows each default that says something."""
 
     def _get_help_string(self, action):
-        nothing = action.default is None or action.default is False or action.default == []
+        nothing = action.default is False or action.default in (None, [], ())
         return action.help if nothing else super()._get_help_string(action)
 
 

@@ -57,7 +57,7 @@ def fake_loss(fake, states, velocities, levels, cond):
     return F.mse_loss(fake(z, levels.sigma, *cond), target)
 
 
-def student_loss(student, fake, teacher, states, levels, cond, uncond, guidance, alpha):
+def student_loss(student, fake, teacher, states, levels, cond, uncond, guidance, alpha, cached=None):
     """The student's loss (Sec. 3.2): G's sample moves to where T would have it, and away from where F would.
 
     student, fake, teacher   called as network(x, sigma (B,), context, pooled) -> velocity like x
@@ -65,9 +65,12 @@ def student_loss(student, fake, teacher, states, levels, cond, uncond, guidance,
     levels                   Levels, drawn from each window by importance (Sec. 3.3)
     cond, uncond             (context, pooled) of the B prompts, and of one empty prompt
     guidance, alpha          w and α of Eq. (4)
+    cached                   the CachedSteps that `rollout` had for a student, whose later steps it makes (an addition)
     """
     x = of_step(states, levels.k)                                                       # x_{σ_k}
     v = student(x, levels.start, *cond)                                                 # the only pass with gradient
+    if cached:
+        v = torch.where(flow.per_sample(levels.k, x) == 0, v, cached(x, levels.start, *cond))
     y = flow.euler_step(x, v, levels.start, levels.end)                                 # x_{σ_{k+1}}
     with torch.no_grad():
         z = flow.renoise(y, levels.end, levels.sigma, levels.noise)                     # x_σ

@@ -41,19 +41,19 @@ def fast_bf16(device):
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def open_networks(args, path, copies, everywhere=False):
-    """The frozen transformer of `path`, `copies` of it to train, and the modules that hold each copy's trained weights.
+def open_networks(args, path, starts, everywhere=False):
+    """The frozen transformer of `path`, those of `starts` to train, and the modules that hold each one's trained weights.
 
-    Without --lora all weights are trained, in fp32, but for the stored table of positions. With it, one frozen network
-    is shared by all, and each copy has adapters of its own (lora.add_lora).
+    Without --lora all weights are trained, in fp32, but for the stored table of positions. With it, the frozen network
+    is shared by all, instead of `starts`, and each has adapters of its own (lora.add_lora).
     """
     frozen = frozen_network(args, path)
     if args.lora:
         torch.manual_seed(args.seed)  # for the adapters' initial weights alone
-        networks, learned = zip(*(add_lora(frozen, args.lora, everywhere) for _ in range(copies)))
+        networks, learned = zip(*(add_lora(frozen, args.lora, everywhere) for _ in starts))
     else:
-        networks = learned = [load_mmdit(path, loading_device(args)).train().requires_grad_(True)
-                              for _ in range(copies)]
+        networks = learned = [load_mmdit(start, loading_device(args)).train().requires_grad_(True)
+                              for start in starts]
         for network in networks:
             network.pos_embed.requires_grad_(False)
             parallel.shard(network, torch.bfloat16 if args.dtype == "bf16" else torch.float32, args.device)

@@ -15,7 +15,7 @@ import weights
 from cache import Cache, CachedSteps, check_blocks, load_cache, save_cache
 from commandline import UserError
 from mmdit import MMDiT, load_mmdit, save_mmdit
-from text import TextEncoders, load_text_encoders, save_text_encoders
+from text import TextEncoders, link_text_encoders, load_text_encoders, save_text_encoders
 from vae import VAE, load_vae, save_vae
 
 TINY = Path(__file__).parent / "tiny-sd3"
@@ -135,21 +135,25 @@ def read_sigmas(text):
     return levels
 
 
-def save_pipeline(pipeline, folder, metadata=None, dtype=None):
+def save_pipeline(pipeline, folder, metadata=None, dtype=None, text_folder=None):
     """Write all of an SD3 as a diffusers folder, which load_pipeline and diffusers both read.
 
-    `dtype` is that of the transformer and the autoencoder in the files; the text encoders keep theirs.
+    `dtype` is that of the transformer and the autoencoder in the files; the text encoders keep theirs. text_folder: a
+    diffusers folder that has the same ones; links to it are written, because T5 takes 10 GB.
     """
     folder = Path(folder)
     (folder / "model_index.json").unlink(missing_ok=True)  # what is being overwritten does not count as finished
     save_mmdit(pipeline.mmdit, folder / "transformer", metadata, dtype, pipeline.latent_shape()[1])
     save_vae(pipeline.vae, folder / "vae", dtype)
-    save_text_encoders(pipeline.text, folder)
+    if text_folder:
+        link_text_encoders(text_folder, folder)
+    else:
+        save_text_encoders(pipeline.text, folder)
     if pipeline.cache is not None:
         save_cache(pipeline.cache, folder)
     weights.write_json(folder / "scheduler" / "scheduler_config.json", {
         "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": pipeline.shift})
-    t5 = pipeline.text.t5 is not None
+    t5 = (folder / "text_encoder_3").exists()
     weights.write_json(folder / "model_index.json", {
         "_class_name": "StableDiffusion3Pipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "transformer": ["diffusers", "SD3Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],

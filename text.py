@@ -216,3 +216,10 @@ def save_text_encoders(text, folder):
                 tokenizer.save_pretrained(folder / ENCODERS[name])
             config = folder / name / "config.json"
             weights.write_json(config, {**weights.read_json(config), "dtype": "float32"})
+
+
+def link_text_encoders(source, folder):
+    """Write links to the encoders and tokenizers of the diffusers folder `source`."""
+    for name in (*ENCODERS, *ENCODERS.values()):
+        if (source / name).exists() and not (folder / name).exists():
+            (folder / name).symlink_to((source / name).resolve())

@@ -22,12 +22,12 @@ import adversarial
 import dmd
 import parallel
 import weights
-from cache import CORRECTIONS, check_blocks, effective_nfe, new_cache
+from cache import CORRECTIONS, CachedSteps, check_blocks, effective_nfe, new_cache
 from commandline import CommandLine, UserError, count, from_zero, number, positive
 from loop import (Run, Sheet, adamw, autocast, fast_bf16, frozen_network, open_networks, optimizer_step, seeded,
                   trainable, whole)
 from mmdit import save_mmdit
-from pipeline import TINY, is_finished, load_pipeline, read_sigmas, save_pipeline
+from pipeline import TINY, decode, is_finished, load_pipeline, read_sigmas, save_pipeline
 from prompts import EncodedText, draw_prompts, read_prompts, sheet_prompts
 from text import load_text_encoders
 from tinyworld import measures, scenes
@@ -67,6 +67,12 @@ def stage1_arguments(parser):
     add("--fake-lr", type=positive, default=4e-5, help="learning rate of F")
     add("--student-clip", type=positive, default=2.0, help="largest norm of G's gradient")
     add("--fake-clip", type=positive, default=1.0, help="largest norm of F's gradient")
+    add("--decay", action=argparse.BooleanOptionalAction, default=False, help="let the rates of G and f fall to zero (an addition)")
+    add("--start", metavar="DIR", help="a Stage I run whose student and fake score go on (an addition); without it both "
+        "start as the teacher")
+    add("--cache", type=commandline.blocks, default=(), metavar="A-B",
+        help="blocks, from 0, that only the first step runs, with f (an addition: the paper has a cache in Stage II)")
+    add("--compensator-lr", type=positive, default=1e-3, help="learning rate of f")
     add("--lora", type=from_zero, default=0, help="train adapters of this rank, at three times the rates, over one "
         "frozen network that all three share (an addition, to save memory); 0: train all weights")
 
@@ -78,7 +84,9 @@ def stage2_arguments(parser):
     add("--reference", help="makes the real images; without it this preset's student of twice as many steps, of Stage "
         "II or else I (released: I), or else the teacher; truth: true scenes (tiny world)")
     add("--backbone", default="laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
-        help="the discriminator's ConvNeXt")
+        help="the discriminator's ConvNeXt; none: it is three small networks, learned from nothing")
+    add("--pool", type=from_zero, default=0, help="images of either kind that the discriminator learns from: drawn once, "
+        "the student's replaced as it learns (an addition, to save time); 0: each update draws new ones")
     add("--cache", type=commandline.blocks, default=(2, 9), metavar="A-B",
         help="blocks, from 0, that only the first step runs (Fig. 12), or none")
     add("--correction", choices=list(CORRECTIONS), default="mlp",
@@ -104,9 +112,9 @@ def stage2_arguments(parser):
 PRESETS = {  # overrides of these defaults, for both stages and for each
     "tiny": ({"model": str(TINY), "at_once": 0, "recompute": False},
              {1: {"iterations": 200, "batch": 32, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.90},
-              2: {"iterations": 500, "student_lr": 2e-5, "discriminator_lr": 2e-3, "output_weight": 16.0,
-                  "feature_weight": 0.02, "cache": (2, 5), "lora": 0, "discriminator_warmup": 200,
-                  "student_warmup": 10, "decay": True, "backbone": str(TINY)}}),
+              2: {"iterations": 1000, "student_lr": 3e-5, "compensator_lr": 5e-4, "discriminator_lr": 5e-4,
+                  "output_weight": 16.0, "feature_weight": 0.02, "cache": (1, 4), "lora": 0, "backbone": "none",
+                  "pool": 2048, "discriminator_warmup": 400, "student_warmup": 20, "decay": True}}),
     "sd3-medium": ({"model": "stabilityai/stable-diffusion-3-medium-diffusers"}, {}),
     "sd3.5-medium": ({"model": "stabilityai/stable-diffusion-3.5-medium"}, {}),
     "sd3.5-large": ({"model": "stabilityai/stable-diffusion-3.5-large"}, {2: {"cache": (3, 12)}}),
@@ -171,20 +179,28 @@ def stage1(args):
     """Stage I (Fig. 3), structure-focused distribution matching (Sec. 3.2, 3.3): teacher, fake score and student."""
     micro_batches = parallel.micro_batches(args.batch, args.at_once)
     prompts, text = open_prompts(args)
-    frozen, (student, fake), learned = open_networks(args, args.model, 2, everywhere=True)
+    starts = [Path(args.start), Path(args.start) / "fake"] if args.start else [args.model] * 2
+    frozen, (student, fake), learned = open_networks(args, args.model, starts, everywhere=True)
     teacher = load_pipeline(args.model, args.device, mmdit=frozen, text=text)
     windows = dmd.step_windows(args.steps, teacher.shift, whole=args.windows == "whole")
     nodes, uncond = windows.nodes.to(args.device), text([""])
     uniform, density = dmd.importance_density("uniform"), dmd.importance_density(args.density)
     rate = LORA_RATE if args.lora else 1
-    student_adamw = adamw([(student, rate * args.student_lr)], BETAS[1])
-    fake_adamw = adamw([(fake, rate * args.fake_lr)], BETAS[1])
+    networks = dict(zip(("student", "fake"), learned))
+    rates, cache = [(student, rate * args.student_lr)], None
+    if args.cache:
+        check_blocks(args.cache, len(frozen.joint_blocks), args.steps)
+        torch.manual_seed(args.seed)  # for f's initial weights alone
+        cache = new_cache(args.cache, frozen.pos_embed.shape[2], device=args.device)
+        networks["compensator"] = cache.compensator
+        rates.append((cache.compensator, args.compensator_lr))
+    student_adamw, fake_adamw = adamw(rates, BETAS[1]), adamw([(fake, rate * args.fake_lr)], BETAS[1])
 
-    of_student = replace(teacher, mmdit=student, sigmas=nodes, guidance=1.0)
+    of_student = replace(teacher, mmdit=student, sigmas=nodes, guidance=1.0, cache=cache)
     pipelines = {"student": of_student,
                  f"teacher, 28 steps, w = {args.guidance:g}": teacher.sampled_with(28, args.guidance),
                  f"teacher, {args.steps} steps": replace(teacher, sigmas=nodes, guidance=args.guidance)}
-    run = Run(args, settings(args), "stage 1", dict(zip(("student", "fake"), learned)),
+    run = Run(args, settings(args), "stage 1", networks,
               {"student_adamw": student_adamw, "fake_adamw": fake_adamw}, args.iterations,
               None if args.bare else Sheet(pipelines, sheet_prompts(prompts)))
     shape = args.batch, *teacher.latent_shape()
@@ -196,23 +212,26 @@ def stage1(args):
         fake_levels = dmd.draw_levels(windows, uniform, shape, generator)
         student_levels = dmd.draw_levels(windows, density, shape, generator)
         fake_mean = student_mean = 0.0
+        if args.decay:
+            set_rates(student_adamw, rates, 1 - step / args.iterations)
 
         rollouts = []
         for rows in micro_batches:  # the fake score learns the samples that the student draws at present, and moves
             cond = text([words[row] for row in rows])
+            sampler = CachedSteps(student, cache)
             with autocast(args):
-                states, velocities = dmd.rollout(student, noise[rows].to(args.device), nodes, cond)
+                states, velocities = dmd.rollout(sampler, noise[rows].to(args.device), nodes, cond)
                 loss = dmd.fake_loss(fake, states, velocities, rows_of(fake_levels, rows, args.device), cond)
             (loss / len(micro_batches)).backward()
             fake_mean += loss.detach() / len(micro_batches)
-            rollouts.append((rows, states, cond))
+            rollouts.append((rows, states, cond, sampler if cache else None))
         fake_norm = optimizer_step([fake_adamw], args.fake_clip)
 
-        for rows, states, cond in rollouts:  # the student meets F and T on its samples, and moves
+        for rows, states, cond, cached in rollouts:  # the student meets F and T on its samples, and moves
             with autocast(args):
                 loss = dmd.student_loss(student, fake, teacher.mmdit, states,
                                         rows_of(student_levels, rows, args.device), cond, uncond, args.guidance,
-                                        args.alpha)
+                                        args.alpha, cached)
             (loss / len(micro_batches)).backward()
             student_mean += loss.detach() / len(micro_batches)
         student_norm = optimizer_step([student_adamw], args.student_clip)
@@ -226,6 +245,12 @@ def stage1(args):
             measures.write(args.out, {"student": of_student}, beside=args.model)
 
 
+def set_rates(optimizer, rates, share):
+    """Learning rates of an optimiser: `share` of those that it was made with, (network, rate) pairs."""
+    for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = share * rate
+
+
 def rows_of(levels, rows, device):
     """A micro-batch of dmd.Levels, on the device."""
     return dmd.Levels(*(part[rows].to(device) for part in levels))
@@ -237,18 +262,21 @@ def stage2(args):
     """Stage II (Fig. 3), adversarial refinement with cached blocks (Sec. 3.3, 3.4), trained as the student samples."""
     micro_batches = parallel.micro_batches(args.batch, args.at_once)
     find_models(args)
-    backbone = adversarial.load_backbone(args.backbone, args.device) if "adv" in args.objective else None
+    backbone = discriminator = pool = None
+    if "adv" in args.objective and args.backbone != "none":
+        backbone = adversarial.load_backbone(args.backbone, args.device)
     prompts, text = open_prompts(args)
-    frozen, (student,), (learned,) = open_networks(args, args.student, 1)
+    frozen, (student,), (learned,) = open_networks(args, args.student, [args.student])
     original = load_pipeline(args.student, args.device, mmdit=frozen, text=text).sampled_with(blocks=())
-    reference = load_reference(args, original) if backbone and args.reference != "truth" else None
+    reference = load_reference(args, original) if "adv" in args.objective and args.reference != "truth" else None
     nodes, uncond, vae = original.sigmas, text([""]), original.vae
     torch.manual_seed(args.seed)  # for the initial weights alone
     cache = None
     if args.cache:
-        cache = new_cache(args.cache, frozen.pos_embed.shape[2], args.correction)
-        cache.compensator.to(args.device)
-    discriminator = adversarial.Discriminator(backbone).to(args.device) if backbone else None
+        cache = new_cache(args.cache, frozen.pos_embed.shape[2], args.correction, args.device)
+    if "adv" in args.objective:
+        discriminator = adversarial.Discriminator(backbone) if backbone else adversarial.PyramidDiscriminator()
+        discriminator.to(args.device)
     for network in filter(None, (vae.decoder, backbone)):
         network.recompute = args.recompute
 
@@ -266,6 +294,11 @@ def stage2(args):
         turns = args.discriminator_warmup, args.discriminator_updates
 
     of_student = replace(original, mmdit=student, cache=cache)
+    if discriminator and args.pool:
+        words, seeds = draw_prompts(prompts, args.pool, seeded(args.seed, -1)), range(args.pool)
+        with autocast(args):
+            real = reference.images(words, seeds) if reference else decode(vae, scenes.true_latents(vae, words, seeds))
+            pool = networks["pool"] = adversarial.ImagePool(real, of_student.images(words, seeds)).to(args.device)
     pipelines = {"Stage I student": original, "student": of_student}
     if cache:
         pipelines["Stage I, plain re-use"] = original.sampled_with(blocks=args.cache)
@@ -277,30 +310,35 @@ def stage2(args):
         generator = seeded(args.seed, step)
         words = draw_prompts(prompts, args.batch, generator)
         noise = torch.randn(args.batch, *original.latent_shape(), generator=generator)
-        scene_seeds = torch.randint(2**31, (args.batch,), generator=generator).tolist()
         turn, means = adversarial.generator_turn(step, *turns), {}
         if discriminator:
             discriminator.heads.requires_grad_(turn is None).train(turn is None)
+        if pool and turn is None:
+            pool_real, pool_fake = pool.draw(args.batch, generator)
 
         for rows in micro_batches:
-            some, x = [words[row] for row in rows], noise[rows].to(args.device)
-            cond = text(some)
+            x, cond = noise[rows].to(args.device), text([words[row] for row in rows])
             with autocast(args):
                 if turn is not None:  # the generator's: its image is to convince
                     latents, later_steps = adversarial.refine(student, cache, x, nodes, cond,
                                                               distil=args.objective != "adv")
                     losses = {}
                     if discriminator:
-                        losses["adversarial"] = adversarial.generator_loss(discriminator(vae.decode(latents)))
+                        image = vae.decode(latents)
+                        losses["adversarial"] = adversarial.generator_loss(discriminator(image))
+                        if pool:
+                            pool.add(image)
                     if "output" in args.objective:
                         losses["output"] = args.output_weight * adversarial.output_distillation(later_steps)
                     if "feature" in args.objective:
                         losses["feature"] = args.feature_weight * adversarial.feature_distillation(later_steps)
                 else:  # the discriminator's: to tell it from the reference's image of the same noise and prompt
-                    with torch.no_grad():
-                        fake = vae.decode(adversarial.refine(student, cache, x, nodes, cond)[0])
-                        real = vae.decode(reference.sample(x, cond, uncond) if reference else scenes.true_latents(
-                            vae, some, [scene_seeds[row] for row in rows]))
+                    if pool:
+                        real, fake = pool_real[rows], pool_fake[rows]
+                    else:
+                        with torch.no_grad():
+                            fake = vae.decode(adversarial.refine(student, cache, x, nodes, cond)[0])
+                            real = vae.decode(reference.sample(x, cond, uncond))
                     logits = discriminator(torch.cat([real, fake]))
                     of_real, of_fake = zip(*(level.chunk(2) for level in logits))
                     losses = {"discriminator": adversarial.discriminator_loss(of_real, of_fake)}
@@ -317,8 +355,8 @@ def stage2(args):
         if "compensator" in networks and turn < args.student_warmup:
             for parameter in trainable(student):  # it does not move yet; released: its gradient counts when clipping
                 parameter.grad = None
-        for group, (_, rate) in zip(generator_adamw.param_groups, rates):
-            group["lr"] = rate * (1 - step / args.iterations if args.decay else 1)
+        if args.decay:
+            set_rates(generator_adamw, rates, (args.iterations - step) / (args.iterations - turns[0]))
         run.end_step(**means, norm=optimizer_step([generator_adamw], args.student_clip))
 
     finish(args, of_student, args.student)
@@ -346,6 +384,10 @@ def find_models(args):
     args.steps = steps
     if args.reference == "truth" and not measures.is_tiny_world(args.model):
         raise UserError("--reference truth is for the tiny world, where the truth is known; name a model")
+    if args.reference == "truth" and not args.pool:
+        raise UserError("--reference truth needs a --pool of images")
+    if args.pool and parallel.processes() > 1:
+        raise UserError("--pool works with one process; make it 0")
     slower = [folder for folder in (run_folder(args.preset, stage, 2 * steps) for stage in (2, 1))
               if is_finished(folder)]
     args.reference = str(args.reference or (slower or [args.model])[0])
@@ -406,11 +448,14 @@ def finish(args, student, path, fake=None):
         paths = ("model", "prompts", "student", "reference", "backbone")
         training = {name: value for name, value in settings(args).items() if name not in paths}
         header = {"sigmas": json.dumps(student.sigmas.tolist()), "guidance": "1.0", "training": json.dumps(training)}
-        text = load_text_encoders(args.model, "cpu", None) if isinstance(student.text, EncodedText) else student.text
+        text, model = student.text, weights.find_model(args.model)
+        if isinstance(text, EncodedText) and model.is_file():
+            text = load_text_encoders(model, "cpu", None)
         (args.out / "model_index.json").unlink(missing_ok=True)  # until save_pipeline is done, this is no whole model
         if fake:
             save_mmdit(fake, args.out / "fake", sample_size=student.latent_shape()[1])
-        save_pipeline(replace(student, mmdit=mmdit, text=text), args.out, header, dtype=torch.float32)
+        save_pipeline(replace(student, mmdit=mmdit, text=text), args.out, header, torch.float32,
+                      text_folder=model if isinstance(text, EncodedText) else None)
         print(f"student: {args.out}")
     parallel.wait()
 

@@ -23,6 +23,7 @@ from transformers import CLIPTextModelWithProjection  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import adversarial  # noqa: E402
 import commandline  # noqa: E402
 import pipeline  # noqa: E402
 import train  # noqa: E402
@@ -87,6 +88,17 @@ def two_steps(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "stage1"
     run_train("--stage", 1, "--iterations", 2, "--out", out)
     return out
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """A small ConvNeXt with random weights, in OpenCLIP's layout: the folder of its file."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    network = adversarial.ConvNeXt((1, 2, 1, 1), (8, 12, 16, 24), 10)
+    state = {f"visual.{name}": tensor for name, tensor in network.state_dict().items()}
+    save_file(state, folder / adversarial.BACKBONE_FILE)
+    return folder
 
 
 def read_state(run):

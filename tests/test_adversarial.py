@@ -182,8 +182,7 @@ OPEN_CLIP = [("embeddings.patch_embeddings.", "stem.0."), ("embeddings.layernorm
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("place", ["backbone/open_clip_model.safetensors", "open_clip_model.safetensors"])
-def test_convnext_computes_what_transformers_computes_and_a_text_tower_beside_it_is_ignored(place, tmp_path):
+def test_convnext_computes_what_transformers_computes_and_a_text_tower_beside_it_is_ignored(tmp_path):
     torch.manual_seed(0)
     config = ConvNextConfig(num_stages=4, depths=[1, 2, 3, 1], hidden_sizes=[8, 12, 16, 24], layer_norm_eps=1e-5)
     theirs, projection, state = ConvNextModel(config).eval(), torch.randn(10, 24), {}
@@ -196,8 +195,7 @@ def test_convnext_computes_what_transformers_computes_and_a_text_tower_beside_it
             name = name.replace(their_part, our_part)
         state[f"visual.trunk.{name}"] = parameter.contiguous()
     state |= {"visual.head.proj.weight": projection, "transformer.resblocks.0.attn.in_proj_bias": torch.ones(3)}
-    (tmp_path / place).parent.mkdir(exist_ok=True)
-    save_file(state, tmp_path / place)
+    save_file(state, tmp_path / adversarial.BACKBONE_FILE)
     ours, images = adversarial.load_backbone(tmp_path), torch.rand(2, 3, 64, 96) * 2 - 1
     expected = theirs(adversarial.normalise(images), output_hidden_states=True)
     maps, embedding = ours(images)
@@ -213,27 +211,49 @@ def test_images_are_normalised_with_clips_mean_and_deviation():
     assert torch.allclose(adversarial.normalise(images).flatten(1), torch.tensor(expected), atol=1e-3)
 
 
-def test_the_generators_loss_reaches_the_image_through_the_frozen_shipped_backbone_and_recomputation_changes_nothing():
+def discriminators(backbone):
     torch.manual_seed(0)
-    discriminator, found = adversarial.Discriminator(adversarial.load_backbone(pipeline.TINY)), []
-    discriminator.heads.requires_grad_(False).eval()
+    return (adversarial.Discriminator(adversarial.load_backbone(backbone)), adversarial.PyramidDiscriminator())
+
+
+def test_the_generators_loss_reaches_every_pixel_and_recomputation_changes_nothing(backbone):
     images = (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
-    for discriminator.backbone.recompute in (False, True):
-        logits = discriminator(images)
-        found += torch.autograd.grad(adversarial.generator_loss(logits), images)
-    assert [tuple(level.shape) for level in logits] == [(2, 1, 4, 4), (2, 1, 2, 2), (2, 1, 1, 1), (2, 1)]
-    assert (found[0] != 0).all(dim=1).float().mean() > 0.9 and torch.allclose(*found, rtol=1e-4, atol=1e-8)
-    assert not any(p.requires_grad for p in discriminator.parameters())
+    for discriminator, sides in zip(discriminators(backbone), ((4, 2, 1), (16, 8, 4))):
+        found = []
+        discriminator.heads.requires_grad_(False).eval()
+        for recompute in (False, True):
+            getattr(discriminator, "backbone", discriminator).recompute = recompute
+            logits = discriminator(images)
+            found += torch.autograd.grad(adversarial.generator_loss(logits), images)
+        assert [level.shape[2] for level in logits if level.ndim == 4] == [*sides]
+        assert (found[0] != 0).all(dim=1).float().mean() > 0.9 and torch.allclose(*found, rtol=1e-4, atol=1e-8)
+        assert not any(p.requires_grad for p in discriminator.parameters())
+
+
+def test_fine_levels_of_the_pyramid_see_no_large_areas():
+    discriminator = adversarial.PyramidDiscriminator()
+    one, other = (discriminator(torch.full((1, 3, 64, 64), value)) for value in (-0.5, 0.5))
+    assert [torch.allclose(a, b, atol=1e-6) for a, b in zip(one, other)] == [True, True, False]
+
+
+def test_a_pool_keeps_its_real_images_and_the_newest_of_the_students():
+    numbered = torch.arange(6.0)[:, None, None, None].expand(6, 3, 2, 2) / 10
+    pool = adversarial.ImagePool(numbered, numbered - 1)
+    pool.add(numbered[:2] + 2)  # too bright: clamped
+    assert pool.fake[:, 0, 0, 0].tolist() == pytest.approx([-0.8, -0.7, -0.6, -0.5, 1, 1])
+    real, fake = pool.draw(200, torch.Generator().manual_seed(0))
+    assert set(real[:, 0, 0, 0].tolist()) == set(numbered[:, 0, 0, 0].tolist())
+    assert set(fake[:, 0, 0, 0].tolist()) == set(pool.fake[:, 0, 0, 0].tolist())
 
 
 @pytest.mark.parametrize("change, words", [
     (lambda s: s.pop("visual.trunk.stages.1.blocks.0.norm.bias"), "stages.1.blocks.0.norm.bias is missing"),
     (lambda s: s.pop("visual.trunk.stem.0.weight"), "holds no ConvNeXt"),
     (lambda s: s.update({"visual.trunk.extra": torch.ones(1)}), "visual.trunk.extra does not belong there"),
-    (lambda s: s.update({"visual.head.proj.weight": torch.ones(64, 7)}), "has shape"),
+    (lambda s: s.update({"visual.head.proj.weight": torch.ones(10, 7)}), "has shape"),
     (lambda s: s["visual.head.proj.weight"].fill_(torch.nan), "not finite")])
-def test_a_damaged_backbone_is_refused_and_the_tensor_named(change, words, tmp_path):
-    state = load_file(pipeline.TINY / "backbone" / adversarial.BACKBONE_FILE)
+def test_a_damaged_backbone_is_refused_and_the_tensor_named(change, words, backbone, tmp_path):
+    state = load_file(backbone / adversarial.BACKBONE_FILE)
     change(state)
     save_file(state, tmp_path / adversarial.BACKBONE_FILE)
     with pytest.raises(UserError, match=words):

@@ -44,7 +44,7 @@ def fails(two_steps, tmp_path, monkeypatch, capsys):
     ("--stage 3", "invalid choice"),
     ("--stage 1 --colour red", "unrecognized arguments: --colour"),
     ("--stage 1 --iter 5", "unrecognized arguments: --iter"),
-    ("--stage 1 --cache 2-5", "unrecognized arguments: --cache"),
+    ("--stage 1 --cache 8-12", "counted from 0 to 11"),
     ("--stage 2 --alpha 0.9", "unrecognized arguments: --alpha"),
     ("--stage 1 --student-lr nan", "nan is not a number"),
     ("--stage 1 --student-lr 0", "0 is not a number"),
@@ -78,7 +78,9 @@ def fails(two_steps, tmp_path, monkeypatch, capsys):
     ("--stage 2 --student {student} --correction none --objective feature", "has none"),
     ("--stage 2 --student {student} --correction none --cache 0-11 --lora 4", "there is nothing to train"),
     ("--stage 2 --student {student} --backbone nowhere", "nowhere: no such file or folder"),
+    ("--stage 2 --student {student} --backbone {tiny}", "holds no open_clip_model.safetensors"),
     ("--stage 2 --student {student} --reference truth --model {tiny}/transformer", "truth is for the tiny world"),
+    ("--stage 2 --student {student} --reference truth --pool 0", "truth needs a --pool"),
 ])
 def test_train_refuses_what_makes_no_sense_in_one_line(words, what, fails):
     fails(train.main, words, what)
@@ -128,8 +130,6 @@ def test_sample_refuses_what_makes_no_sense_in_one_line(words, what, fails):
     (reuse.main, "nowhere", "nowhere: no such file or folder"),
     (score.main, "nowhere", "nowhere: holds no fake score"),
     (sheet.main, "nowhere", "nowhere: no such file or folder"),
-    (speed.main, "--depth 4", "--depth goes with --preset"),
-    (speed.main, "--preset sd3-medium --depth 25", "sd3-medium has 24 blocks"),
     (speed.main, "--cache 8-12", "counted from 0 to 11"),
     (speed.main, "--cache none --rounds 1", "--cache"),
 ])
@@ -165,7 +165,7 @@ def test_help_with_the_defaults_of_the_preset_is_shown_on_a_console_that_has_asc
         commandline.run_script(train.main)
     console.flush()
     shown = " ".join(console.buffer.getvalue().decode("ascii").split())
-    assert end.value.code == 0 and "--alpha" in shown and "--cache" not in shown and "(default: 0.9)" in shown
+    assert end.value.code == 0 and "--alpha" in shown and "--backbone" not in shown and "(default: 0.9)" in shown
 
 
 # ------------------------------------------------------------------------------------------------------ pictures

@@ -25,7 +25,7 @@ from pipeline import TINY, is_finished, load_pipeline
 QUICK = "--bare --dtype fp32 --batch 4".split()
 RUNS = {  # by the name of their fixture; the turns of the last: discriminator, f, discriminator, f and student
     "two_steps": "--stage 1 --iterations 2".split(), "adapted": "--stage 1 --iterations 2 --lora 2".split(),
-    "refined": "--stage 2 --iterations 4 --reference truth --discriminator-warmup 1 --discriminator-updates 1 "
+    "refined": "--stage 2 --iterations 4 --reference truth --pool 8 --discriminator-warmup 1 --discriminator-updates 1 "
                "--student-warmup 1 --objective adv+output+feature".split()}
 
 
@@ -177,9 +177,9 @@ def test_each_turn_of_stage_2_moves_what_it_should(watched):
     moved = [{name for name in now if not torch.equal(before[name], now[name])}
              for before, now in zip(after[:-1], after[1:])]
     networks = [{name.split("/")[0] for name in names} for names in moved]
-    assert networks == [{"compensator"}, {"heads"}, {"compensator", "student"}]
+    assert networks == [{"compensator", "pool"}, {"heads"}, {"compensator", "pool", "student"}]
     blocks = {name.split(".")[1] for name in moved[2] if name.startswith("student/joint_blocks")}
-    assert blocks == {"0", "1", "6", "7", "8", "9", "10", "11"}  # 2-5 run in the first step alone, without gradient
+    assert blocks == {"0", "5", "6", "7", "8", "9", "10", "11"}  # 1-4 run in the first step alone, without gradient
     assert "student/x_embedder.proj.weight" in moved[2] and "student/pos_embed" not in moved[2]
 
 
@@ -233,7 +233,7 @@ def test_the_written_student_needs_no_flags_and_samples_what_the_trained_network
     else:
         network.load_state_dict({name: state[f"student/{name}"] for name in network.state_dict()})
     if which == "refined":
-        cache = new_cache((2, 5), 128)
+        cache = new_cache((1, 4), 128)
         cache.compensator.load_state_dict({name: state[f"compensator/{name}"]
                                            for name in cache.compensator.state_dict()})
     student = load_pipeline(run)
@@ -244,9 +244,10 @@ def test_the_written_student_needs_no_flags_and_samples_what_the_trained_network
     torch.testing.assert_close(student.latents(prompts, [1, 2]), sampled, atol=1e-4, rtol=1e-4)
 
 
-def test_stage_2_takes_a_student_of_four_steps_and_another_model_as_reference(four_steps, two_steps, tmp_path):
+def test_stage_2_takes_a_student_of_four_steps_and_a_model_as_reference_and_a_convnext(four_steps, two_steps, backbone, tmp_path):
     run_train("--stage", 2, "--iterations", 2, "--discriminator-warmup", 1, "--student-warmup", 0, "--student",
-              four_steps, "--reference", two_steps, "--cache", "8-11", "--lora", 2, "--out", tmp_path)
+              four_steps, "--reference", two_steps, "--cache", "8-11", "--lora", 2, "--pool", 0,
+              "--backbone", backbone, "--out", tmp_path)
     student = load_pipeline(tmp_path)
     assert student.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0]) and student.cache.blocks == (8, 11)
     assert student.images(["a circle"], [0]).isfinite().all()
