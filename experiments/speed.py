@@ -1,8 +1,7 @@
 """What sampling takes: teacher (28 × 2) and students (4, 2 and fewer evaluations), timed and counted in one run.
 
     python -m experiments.speed
-    python -m experiments.speed --preset sd3-medium        random weights of the official size: time does not depend on
-                                                           their values
+    python -m experiments.speed MODEL --cache 2-9
 """
 
 import commandline  # first: it sets how threads wait before torch is loaded
@@ -19,26 +18,15 @@ import flow
 import weights
 from cache import CachedSteps, check_blocks, effective_nfe, new_cache
 from commandline import CommandLine, UserError, count, find_device, image_size
-from mmdit import MMDiT
 from pipeline import DTYPES, TINY, load_pipeline
-from vae import VAE
-
-SIZES = {  # of the official transformers: blocks, which are also the heads; the cached ones; and what else differs
-    "sd3-medium": (24, (2, 9), {"pos_max": 192}),
-    "sd3.5-medium": (24, (2, 9), {"pos_max": 384, "qk_norm": True, "dual": range(13)}),
-    "sd3.5-large": (38, (3, 12), {"pos_max": 192, "qk_norm": True}),
-}
-TOKENS = 333  # of the text of official models
 
 
 def main():
     parser = CommandLine(description="Time teacher and students.")
     parser.add_argument("model", nargs="?", default=str(TINY))
-    parser.add_argument("--preset", choices=SIZES, help="random weights of an official size instead")
-    parser.add_argument("--depth", type=count, help="so many blocks of it, for a small machine")
     parser.add_argument("--size", type=image_size, help="H or HxW in pixels; without it the model's own")
     parser.add_argument("--batch", type=count, default=1)
-    parser.add_argument("--cache", type=commandline.blocks, default=(2, 5), metavar="A-B", help="of a model's blocks")
+    parser.add_argument("--cache", type=commandline.blocks, default=(1, 4), metavar="A-B", help="of a model's blocks")
     parser.add_argument("--rounds", type=count, default=5, help="of which the medians are shown")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="without it fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--device", help="without it cuda if there is one, else cpu")
@@ -47,8 +35,6 @@ def main():
     args.device = find_device(args.device)
     args.dtype = args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")
     weights.check_writable(args.out)
-    if args.depth and not args.preset:
-        raise UserError("--depth goes with --preset")
     if not args.cache:
         raise UserError("--cache: name the blocks A-B to cache")
     text = "\n".join(speed(args))
@@ -59,24 +45,14 @@ def main():
 @torch.no_grad()
 def speed(args):
     """-> the lines of a table."""
-    dtype = DTYPES[args.dtype]
-    if args.preset:
-        mmdit, vae, blocks = random_networks(args.preset, args.depth, args.device, dtype)
-        shape, tokens, widths = (16, 128, 128), TOKENS, (4096, 2048)
-        if args.size:
-            shape = 16, *(side // vae.factor for side in args.size)
-    else:
-        pipeline = load_pipeline(args.model, args.device, dtype)
-        mmdit, vae, shape = pipeline.mmdit, pipeline.vae, pipeline.latent_shape(args.size)
-        cond = pipeline.text([""])
-        tokens, widths, blocks = cond[0].shape[1], [part.shape[-1] for part in cond], args.cache
+    pipeline = load_pipeline(args.model, args.device, DTYPES[args.dtype])
+    mmdit, vae, shape, blocks = pipeline.mmdit, pipeline.vae, pipeline.latent_shape(args.size), args.cache
+    cond = [part.expand(args.batch, *part.shape[1:]) for part in pipeline.text([""])]
     depth = len(mmdit.joint_blocks)
     check_blocks(blocks, depth, steps=2)
-    cache = new_cache(blocks, mmdit.pos_embed.shape[2])
-    cache.compensator.to(args.device, dtype)
+    cache = new_cache(blocks, mmdit.pos_embed.shape[2], device=args.device)
+    cache.compensator.to(DTYPES[args.dtype])
     noise = torch.randn(args.batch, *shape, device=args.device)
-    cond = [torch.randn(args.batch, *size, device=args.device, dtype=dtype)
-            for size in ((tokens, widths[0]), (widths[1],))]
     samplers = {"teacher, 28 × 2": (28, 7.0, None), "4 steps": (4, 1.0, None), "2 steps": (2, 1.0, None),
                 "2 steps, blocks {}-{} cached".format(*blocks): (2, 1.0, cache)}
 
@@ -87,7 +63,7 @@ def speed(args):
     seconds, flops = {name: [] for name in (*samplers, "VAE")}, {}
     for i in range(args.rounds + 1):  # all take turns; the first round does not count
         for name in seconds:
-            run = (lambda: vae.decode(noise.to(dtype))) if name == "VAE" else lambda: sample(*samplers[name])
+            run = (lambda: vae.decode(noise.to(DTYPES[args.dtype]))) if name == "VAE" else lambda: sample(*samplers[name])
             if i == 0:
                 with FlopCounterMode(display=False) as counter:
                     run()
@@ -104,7 +80,7 @@ def speed(args):
     machine = torch.cuda.get_device_name() if args.device.type == "cuda" else \
         f"{torch.get_num_threads()} CPU threads"
     height, width = (vae.factor * side for side in shape[1:])
-    return [*lines, "", f"{args.preset or args.model}, {depth} blocks, {height}×{width}, batch {args.batch}; without text "
+    return [*lines, "", f"{args.model}, {depth} blocks, {height}×{width}, batch {args.batch}; without text "
             f"and VAE, which takes {seconds['VAE']:.3g} s. FLOPs on a CPU leave attention out. {machine}, {args.dtype}, torch {torch.__version__}, Python "
             f"{platform.python_version()}."]
 
@@ -118,21 +94,6 @@ def clock(run, device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def random_networks(preset, depth, device, dtype):
-    """An MMDiT (of `depth` blocks, if given) and a VAE of an official size, and the blocks to cache."""
-    blocks, cached, more = SIZES[preset]
-    if (depth or 1) > blocks:
-        raise UserError(f"--depth {depth}: {preset} has {blocks} blocks")
-    with torch.device("meta"):
-        mmdit = MMDiT(depth=depth or blocks, width=64 * blocks, heads=blocks, context_dim=4096, pooled_dim=2048, **more)
-        vae = VAE()
-    for network in (mmdit, vae):
-        network.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-        for parameter in network.parameters():
-            parameter.normal_(std=0.02)
-    return mmdit, vae, cached if depth is None else (0, max(1, depth // 3) - 1)
 
 
 if __name__ == "__main__":
