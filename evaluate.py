@@ -22,7 +22,7 @@ import metrics
 import weights
 from cache import effective_nfe
 from commandline import CommandLine, UserError, count, number
-from pictures import to_picture, write_picture
+from pictures import picture_bytes, to_picture, write_picture
 from pipeline import DTYPES, TINY, load_pipeline
 from prompts import read_prompts
 from tinyworld import measures, scenes
@@ -62,7 +62,10 @@ def main():
 def of_tiny_world(args):
     """{model: measures}, printed as a table as it grows."""
     reference = None
-    if args.reference:
+    if args.reference and is_pictures(args.reference):
+        pictures = [picture_bytes(open_picture(file)) for file in pictures_of(args.reference)]
+        reference = torch.stack(pictures).float() / 127.5 - 1
+    elif args.reference:
         pipeline = open_tiny(args, args.reference)
         prompts, seeds, *_ = measures.prompts_to_measure(args.captions, samples=0)
         reference = pipeline.images(prompts, [OTHER_SEEDS + seed for seed in seeds])
@@ -122,14 +125,22 @@ def of_prompts(args):
 
 def reference_files(args, prompts, samples):
     """The pictures of a folder, or a model's samples of the same prompts, of other seeds."""
-    folder = Path(args.reference)
-    if folder.is_dir() and not (folder / "model_index.json").exists():
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in PICTURES and file.stem != "sheet")
-        if len(files) < 2:
-            raise UserError(f"{folder}: holds {len(files)} pictures ({', '.join(PICTURES)})")
-        return files
+    if is_pictures(args.reference):
+        return pictures_of(args.reference)
     pipeline = load_pipeline(args.reference, args.device, DTYPES[args.dtype])
-    return draw(pipeline, args.out / f"reference-{folder.name}", prompts, samples, OTHER_SEEDS)
+    return draw(pipeline, args.out / f"reference-{Path(args.reference).name}", prompts, samples, OTHER_SEEDS)
+
+
+def is_pictures(path):
+    """Whether a path is a folder of pictures, and not a model."""
+    return Path(path).is_dir() and not (Path(path) / "model_index.json").exists()
+
+
+def pictures_of(folder):
+    files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in PICTURES and file.stem != "sheet")
+    if len(files) < 2:
+        raise UserError(f"{folder}: holds {len(files)} pictures ({', '.join(PICTURES)})")
+    return files
 
 
 def draw(pipeline, folder, prompts, samples, seed):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,7 @@ from cache import new_cache
 from experiments import ablations, explain, reuse, score, speed
 from metrics import frechet_distance, gaussian
 from mmdit import load_mmdit
-from pictures import to_picture
+from pictures import to_picture, write_picture
 from pipeline import TINY, load_pipeline
 from tinyworld import measures, scenes
 from tinyworld.truth import true_velocity
@@ -51,6 +52,12 @@ def test_a_model_is_measured_as_the_flags_have_it(words, evaluations, how, two_s
     reference = student.images(prompts, [evaluate.OTHER_SEEDS + seed for seed in seeds])
     expected = measures.measure(student.sampled_with(*how).images, 6, 1, reference)
     assert status == 0 and found.pop("evaluations") == pytest.approx(evaluations)
+    for i, image in enumerate(reference):
+        write_picture(to_picture(image), tmp_path / "pictures" / f"{i}.png")
+    again = [tmp_path / "pictures" if word == two_steps else word for word in words]  # the same images, from a folder
+    assert run_command(evaluate.main, "quality", two_steps, *again, capsys=capsys)[0] == 0
+    read, = json.loads((tmp_path / "quality.json").read_text()).values()
+    assert read["to reference"] == pytest.approx(found["to reference"], rel=0.02)
     assert found == pytest.approx(expected, rel=1e-3) and f"| {evaluations:.2f} | {found['adherence']:.3f} |" in out
 
 
@@ -188,12 +195,14 @@ def test_an_arm_is_trained_from_the_runs_of_its_seed_and_what_has_a_row_is_not_r
         (out / "quality.json").write_text(json.dumps({"a model": dict.fromkeys(ablations.MEASURES, 0.5)}))
 
     monkeypatch.setattr(ablations, "run", run)
+    monkeypatch.setattr(ablations, "guided_teacher", lambda out: out / "teacher")
     assert run_command(ablations.main, "--seeds", 2, "--out", tmp_path, capsys=capsys)[0] == 0
     arms = {arm: words for group in ablations.ARMS.values() for arm, (words, _) in group.items()}
     assert len({call.out for call in calls}) == len(calls) == 2 * len({words for words in arms.values() if words})
     for call in [call for call in calls if call.stage == 2]:
         assert call.student == str(tmp_path / "runs" / f"stage-1-seed{call.seed}")
         assert call.reference == str(tmp_path / "runs" / f"stage-1-steps-4-seed{call.seed}")
+    assert [Path(call.start).name for call in calls if call.stage == 1 and call.cache] == ["stage-1-seed0", "stage-1-seed1"]
     assert all({claim.better, claim.worse} <= arms.keys() for claim in ablations.CLAIMS)
     monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("run again"))
     status, out, _ = run_command(ablations.main, "--seeds", 2, "--out", tmp_path, capsys=capsys)
