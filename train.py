@@ -112,9 +112,9 @@ def stage2_arguments(parser):
 PRESETS = {  # overrides of these defaults, for both stages and for each
     "tiny": ({"model": str(TINY), "at_once": 0, "recompute": False},
              {1: {"iterations": 200, "batch": 32, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.90},
-              2: {"iterations": 1000, "student_lr": 3e-5, "compensator_lr": 5e-4, "discriminator_lr": 5e-4,
-                  "output_weight": 16.0, "feature_weight": 0.02, "cache": (1, 4), "lora": 0, "backbone": "none",
-                  "pool": 2048, "discriminator_warmup": 400, "student_warmup": 20, "decay": True}}),
+              2: {"iterations": 1000, "discriminator_lr": 1e-3, "output_weight": 16.0, "feature_weight": 0.02,
+                  "cache": (1, 4), "lora": 0, "backbone": "none", "pool": 2048, "discriminator_warmup": 400,
+                  "student_warmup": 20, "decay": True}}),
     "sd3-medium": ({"model": "stabilityai/stable-diffusion-3-medium-diffusers"}, {}),
     "sd3.5-medium": ({"model": "stabilityai/stable-diffusion-3.5-medium"}, {}),
     "sd3.5-large": ({"model": "stabilityai/stable-diffusion-3.5-large"}, {2: {"cache": (3, 12)}}),
@@ -179,6 +179,8 @@ def stage1(args):
     """Stage I (Fig. 3), structure-focused distribution matching (Sec. 3.2, 3.3): teacher, fake score and student."""
     micro_batches = parallel.micro_batches(args.batch, args.at_once)
     prompts, text = open_prompts(args)
+    if args.start and args.lora:
+        raise UserError("--start goes on with all weights of a run; leave --lora out")
     starts = [Path(args.start), Path(args.start) / "fake"] if args.start else [args.model] * 2
     frozen, (student, fake), learned = open_networks(args, args.model, starts, everywhere=True)
     teacher = load_pipeline(args.model, args.device, mmdit=frozen, text=text)

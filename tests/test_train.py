@@ -244,6 +244,18 @@ def test_the_written_student_needs_no_flags_and_samples_what_the_trained_network
     torch.testing.assert_close(student.latents(prompts, [1, 2]), sampled, atol=1e-4, rtol=1e-4)
 
 
+def test_stage_1_goes_on_from_a_run_with_a_cache_whose_f_and_later_steps_learn(two_steps, tmp_path):
+    run_train("--stage", 1, "--iterations", 1, "--start", two_steps, "--cache", "1-4", "--decay", "--out", tmp_path)
+    before, after = read_state(two_steps), read_state(tmp_path)
+    moved = {name for name in after if name.startswith(("student/", "fake/")) and not torch.equal(before[name], after[name])}
+    assert {name.split("/")[0] for name in moved} == {"student", "fake"}
+    assert after["compensator/image.fc2.weight"].any() and after["compensator/text.fc2.weight"].any()
+    difference = before["student/x_embedder.proj.weight"] - after["student/x_embedder.proj.weight"]
+    assert difference.abs().max() < 1.1e-4  # one update from where the other run ended
+    student = load_pipeline(tmp_path)
+    assert student.cache.blocks == (1, 4) and student.images(["a circle"], [0]).isfinite().all()
+
+
 def test_stage_2_takes_a_student_of_four_steps_and_a_model_as_reference_and_a_convnext(four_steps, two_steps, backbone, tmp_path):
     run_train("--stage", 2, "--iterations", 2, "--discriminator-warmup", 1, "--student-warmup", 0, "--student",
               four_steps, "--reference", two_steps, "--cache", "8-11", "--lora", 2, "--pool", 0,
