@@ -152,6 +152,21 @@ def test_both_losses_are_the_papers_sample_by_sample_and_each_teaches_its_own_ne
         assert torch.allclose(learned, by_formula, rtol=1e-3, atol=1e-5)
 
 
+def test_with_a_cache_later_steps_are_compared_as_the_cached_student_makes_them_and_first_steps_as_before():
+    """Both networks are called on all samples; the loss must take each sample's step from the right one."""
+    (student, g), (cached, c), (fake, _), (teacher, _) = (affine(0.3, -0.2, 0.5), affine(0.2, 0.1, -0.4), affine(0.1, 0.4, 0.3),
+                                                         affine(-0.3, 0.2, 0.1))
+    windows, noise, cond = dmd.step_windows(2, 3.0), torch.randn(16, 2, 4, 4), (torch.randn(16, 3, 5), torch.zeros(16, 2))
+    levels = dmd.draw_levels(windows, dmd.importance_density("c"), noise.shape, torch.Generator().manual_seed(0))
+    states, _ = dmd.rollout(student, noise, windows.nodes, cond)
+    loss = dmd.student_loss(student, fake, teacher, states, levels, cond, UNCOND, 7.0, 0.9, cached)
+    singly = [by_hand(cached if levels.k[i] else student, fake, teacher, states, levels, i, cond, 7.0, 0.9)[1] for i in range(16)]
+    expected = torch.stack(singly).mean()
+    assert torch.allclose(loss, expected, rtol=1e-4)
+    for found, by_formula in zip(torch.autograd.grad(loss, (g, c)), torch.autograd.grad(expected, (g, c)), strict=True):
+        assert torch.allclose(found, by_formula, rtol=1e-3, atol=1e-5)
+
+
 def test_matching_loss_is_the_pseudo_huber_distance_of_real_and_fake():
     """h = 1e-3 sqrt(4) / 128; y - y* = fake - real = (0.3, -h, 0, 0); weight = mean |y - real| = 1."""
     y, h = torch.tensor([[[[1.0, 2.0], [0.0, 0.0]]]]), 1e-3 * 2 / 128
