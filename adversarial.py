@@ -2,8 +2,8 @@
 
 The student is trained exactly as it samples: from pure noise, through all its steps, with cached blocks from the second
 step on, down to the decoded image. A discriminator tells that image from one that a slower reference generator makes of
-the same noise and prompt. It looks through a frozen ConvNeXt, at three of its feature maps and at its embedding of the
-image. Both turns, which train.stage2 writes out:
+the same noise and prompt (of others, if they come from an ImagePool). It looks through a frozen ConvNeXt, at three of
+its feature maps and at its embedding of the image. Both turns, which train.stage2 writes out:
 
     generator        refine(student, …), decode, generator_loss(discriminator(image))
     discriminator    the same image without gradient, the reference's image, discriminator_loss(…)
@@ -54,7 +54,7 @@ def refine(student, cache, noise, nodes, cond, distil=False):
 
     student, cache        all weights or adapters; a Cache or None
     noise, nodes, cond    (B, C, H, W); σ_0 … σ_n, (n+1,); (context, pooled)
-    distil                also run the whole of every later step, from the same state and without gradient, to learn
+    distil                also run every later step with all blocks, from the same state and without gradient, to learn
                           from (Fig. 13). The paper does not say whose step that is; in the released code, as here, it
                           is the current student's own.
     -> x_0 (B, C, H, W), and a LaterStep for each step after the first (an empty list without `distil`).
@@ -81,7 +81,7 @@ def generator_loss(logits):
 
 
 def discriminator_loss(of_real, of_fake):
-    """The discriminator's turn (Sec. 3.3): real images to the label 0.8, the student's to 0. Logits: a tensor a level.
+    """The discriminator's turn (Sec. 3.3): real images should get the label 0.8, the student's 0. Logits: a tensor a level.
     """
     return multilevel_loss(of_real, REAL_LABEL) + multilevel_loss(of_fake, 0.0)
 
@@ -176,11 +176,11 @@ class BlurPool(nn.Module):
 
 
 class PyramidDiscriminator(nn.Module):
-    """A small network for each level of a Laplacian pyramid, all learned from nothing: images -> logits, one map a level.
+    """A small network for each level of a Laplacian pyramid, learned from nothing: images -> logits, one map a level.
 
-    Deviation, for the tiny world: nobody has trained a network on its pictures as CLIP's was on photographs, and one
-    trained for that purpose, frozen, saw damage but gave the generator no direction (docs/experiments.md). A level is
-    what a blur takes away (Burt & Adelson 1983; Denton et al. 2015), so that fine detail is not drowned by large areas.
+    Deviation, for the tiny world: nothing like CLIP exists for its pictures. A frozen network that we trained to detect
+    damage did detect it, but its gradient did not help the generator (docs/experiments.md). A level is what a blur
+    takes away (Burt & Adelson 1983; Denton et al. 2015), so that fine detail is not drowned by large areas.
     """
 
     GAINS = 5, 3, 1  # fine detail is faint; the last level is the picture, at a quarter of its size
@@ -317,7 +317,7 @@ def load_backbone(path, device="cpu", dtype=torch.float32):
     """
     folder = weights.find_model(path, [BACKBONE_FILE])
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise weights.UserError(f"{path}: holds no {BACKBONE_FILE}; docs/official.md says how to make it from OpenCLIP's pickle")
+        raise weights.UserError(f"{path}: holds no {BACKBONE_FILE}; docs/official.md says how to make it from a pickle")
     source = weights.NetworkFiles(folder / BACKBONE_FILE if (folder / BACKBONE_FILE).exists() else folder, "backbone")
     if source.blocks != 4:
         raise weights.UserError(f"{source.path}: holds no ConvNeXt of OpenCLIP (it has {source.blocks} stages, not 4)")

@@ -150,7 +150,7 @@ def check_blocks(cached, depth, steps):
 
 
 def load_cache(folder, model, device="cpu", dtype=torch.float32):
-    """The cache that a Stage II student carries in its folder, or None. Raises UserError if it does not fit."""
+    """The cache in a student's folder, or None. Raises UserError if it does not fit."""
     file = Path(folder) / "compensator" / "model.safetensors"
     if not file.exists():
         return None

@@ -58,17 +58,17 @@ def fake_loss(fake, states, velocities, levels, cond):
 
 
 def student_loss(student, fake, teacher, states, levels, cond, uncond, guidance, alpha, cached=None):
-    """The student's loss (Sec. 3.2): G's sample moves to where T would have it, and away from where F would.
+    """The student's loss (Sec. 3.2): G's sample moves towards T's estimate of it and away from F's.
 
     student, fake, teacher   called as network(x, sigma (B,), context, pooled) -> velocity like x
     states                   of `rollout`
     levels                   Levels, drawn from each window by importance (Sec. 3.3)
     cond, uncond             (context, pooled) of the B prompts, and of one empty prompt
     guidance, alpha          w and α of Eq. (4)
-    cached                   the CachedSteps that `rollout` had for a student, whose later steps it makes (an addition)
+    cached                   the CachedSteps that `rollout` sampled with: it makes all steps but the first (an addition)
     """
     x = of_step(states, levels.k)                                                       # x_{σ_k}
-    v = student(x, levels.start, *cond)                                                 # the only pass with gradient
+    v = student(x, levels.start, *cond)                                                 # with gradient
     if cached:
         v = torch.where(flow.per_sample(levels.k, x) == 0, v, cached(x, levels.start, *cond))
     y = flow.euler_step(x, v, levels.start, levels.end)                                 # x_{σ_{k+1}}
@@ -93,7 +93,7 @@ def gated_velocity(teacher, x, sigma, cond, uncond, guidance, alpha):
 
 
 def matching_loss(y, real, fake):
-    """The distribution-matching loss of samples y, given where the real and the fake score would have them.
+    """The distribution-matching loss of samples y, given the real and the fake score's estimates of them.
 
     The target y* = y + real - fake is held constant. The loss is a pseudo-Huber distance, sqrt(d² + h²) - h, with h in
     proportion to the size of the latent. Its value means little. Its gradient is d / sqrt(d² + h²) with d = fake - real,

@@ -22,7 +22,7 @@ from mmdit import load_mmdit
 from pictures import contact_sheet, write_picture
 
 LOG_EVERY, SHEET_EVERY, SAVE_SECONDS = 10, 100, 60
-MOST_SKIPPED = 5    # updates in a row with a loss or gradient that is not finite, before the run stops
+MOST_SKIPPED = 5    # updates in a row whose gradient is not finite, before the run stops
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -44,8 +44,8 @@ def fast_bf16(device):
 def open_networks(args, path, starts, everywhere=False):
     """The frozen transformer of `path`, those of `starts` to train, and the modules that hold each one's trained weights.
 
-    Without --lora all weights are trained, in fp32, but for the stored table of positions. With it, the frozen network
-    is shared by all, instead of `starts`, and each has adapters of its own (lora.add_lora).
+    Without --lora, all weights except the stored table of positions are trained, in fp32. With it, all share the frozen
+    network, `starts` only gives their number, and each has its own adapters (lora.add_lora).
     """
     frozen = frozen_network(args, path)
     if args.lora:
@@ -63,7 +63,7 @@ def open_networks(args, path, starts, everywhere=False):
 
 
 def frozen_network(args, path):
-    """A transformer that is only run, in the dtype of the arithmetic. Under --lora every process has it whole."""
+    """A transformer that is not trained, in the dtype of the arithmetic. With --lora, every process holds all of it."""
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     if args.lora:
         return load_mmdit(path, args.device, dtype)
@@ -126,6 +126,7 @@ class Run:
     settings                {name: value}: those that must not change when the run is resumed
     name                    of the run in its log and state
     networks, optimizers    {name: …}, all that is trained
+    iterations              how many steps it has in all
     sheet                   None, or a function that returns a contact sheet
     """
 

@@ -1,10 +1,10 @@
 """Train a few-step student of an SD3 model.
 
     python train.py --stage 1      Stage I, distribution matching: a student of 2 steps (dmd.py)
-    python train.py --stage 2      Stage II, adversarial, with cached blocks: 1.67 steps (adversarial.py, cache.py)
+    python train.py --stage 2      Stage II, adversarial, with cached blocks: 1.67 evaluations (adversarial.py, cache.py)
 
 A run writes to --out: the student as a diffusers folder, log.jsonl, contact sheets, its state, from which --resume
-continues and, in the tiny world, metrics.json. On many GPUs: `torchrun --nproc_per_node=N train.py …` (parallel.py).
+continues, and, in the tiny world, metrics.json. On many GPUs: `torchrun --nproc_per_node=N train.py …` (parallel.py).
 The file reads in the order of a run: settings, Stage I, Stage II, what both share.
 """
 
@@ -61,15 +61,16 @@ def stage1_arguments(parser):
     add("--density", choices=list(dmd.DENSITIES), default="c", help="how the student's noise levels are drawn (Fig. 10)")
     add("--windows", choices=["step", "whole"], default="step", help="levels at which a step is compared: its own "
         "window (TDM) or all (DMD)")
-    add("--iterations", type=count, default=500, help="updates of the fake score and of the student, which alternate")
+    add("--iterations", type=count, default=500, help="each updates the fake score, then the student")
     add("--batch", type=count, default=64, help="samples of an update, over all processes")
     add("--student-lr", type=positive, default=5e-6, help="learning rate of G")
     add("--fake-lr", type=positive, default=4e-5, help="learning rate of F")
     add("--student-clip", type=positive, default=2.0, help="largest norm of G's gradient")
     add("--fake-clip", type=positive, default=1.0, help="largest norm of F's gradient")
-    add("--decay", action=argparse.BooleanOptionalAction, default=False, help="let the rates of G and f fall to zero (an addition)")
-    add("--start", metavar="DIR", help="a Stage I run whose student and fake score go on (an addition); without it both "
-        "start as the teacher")
+    add("--decay", action=argparse.BooleanOptionalAction, default=False,
+        help="let the rates of G and f fall to zero (an addition)")
+    add("--start", metavar="DIR", help="a Stage I run whose student and fake score are trained further (an "
+        "addition); without it both start as the teacher")
     add("--cache", type=commandline.blocks, default=(), metavar="A-B",
         help="blocks, from 0, that only the first step runs, with f (an addition: the paper has a cache in Stage II)")
     add("--compensator-lr", type=positive, default=1e-3, help="learning rate of f")
@@ -80,9 +81,9 @@ def stage1_arguments(parser):
 def stage2_arguments(parser):
     add = parser.add_argument
     add("--steps", type=int, choices=[2, 4, 8], help="n; without it as many as the student has")
-    add("--student", help="to start from; without it this preset's Stage I run of 2 (or --steps) steps")
-    add("--reference", help="makes the real images; without it this preset's student of twice as many steps, of Stage "
-        "II or else I (released: I), or else the teacher; truth: true scenes (tiny world)")
+    add("--student", help="the student to start from; without it this preset's Stage I run of 2 (or --steps) steps")
+    add("--reference", help="the model that makes the real images; without it this preset's student of twice as many "
+        "steps (of Stage II, or else I; released: I), or else the teacher; truth: true scenes of the tiny world")
     add("--backbone", default="laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
         help="the discriminator's ConvNeXt; none: it is three small networks, learned from nothing")
     add("--pool", type=from_zero, default=0, help="images of either kind that the discriminator learns from: drawn once, "
@@ -95,7 +96,8 @@ def stage2_arguments(parser):
         help="adversarial, distillation of output or feature, or several (Fig. 13)")
     add("--output-weight", type=positive, default=1.0, help="weight of the output distillation")
     add("--feature-weight", type=positive, default=1.0, help="weight of the feature distillation")
-    add("--iterations", type=count, default=4000, help="updates of either side")
+    add("--iterations", type=count, default=4000, help="updates in all, of discriminator and generator (4,000 are 1,317 "
+        "of the generator)")
     add("--batch", type=count, default=32, help="samples of an update, over all processes")
     add("--student-lr", type=positive, default=1e-5, help="learning rate of G")
     add("--compensator-lr", type=positive, default=1e-3, help="learning rate of f")
@@ -104,8 +106,8 @@ def stage2_arguments(parser):
     add("--decay", action=argparse.BooleanOptionalAction, default=False, help="let the rates of G and f fall to zero")
     add("--discriminator-warmup", type=from_zero, default=50, help="updates of the discriminator before the generator's first")
     add("--discriminator-updates", type=from_zero, default=2, help="updates of the discriminator for each of the generator")
-    add("--student-warmup", type=from_zero, default=317, help="updates of f before G moves: what the released 1,000 "
-        "of every kind amount to")
+    add("--student-warmup", type=from_zero, default=317, help="turns of the generator in which only f moves (317 "
+        "is its share of the released 1,000 updates)")
     add("--lora", type=from_zero, default=64, help="rank of the adapters that are trained; 0: all weights")
 
 
@@ -159,7 +161,7 @@ def run_folder(preset, stage, steps=None):
 
 
 def settings(args):
-    """Those of the arguments that decide how a run goes, as JSON has them. A resumed run must have the same."""
+    """The arguments that decide the result, in JSON's types. A resumed run must have the same."""
     values = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     if not getattr(args, "decay", False):
         del values["iterations"]  # a run may be made longer, unless its rates depend on its length
@@ -180,7 +182,7 @@ def stage1(args):
     micro_batches = parallel.micro_batches(args.batch, args.at_once)
     prompts, text = open_prompts(args)
     if args.start and args.lora:
-        raise UserError("--start goes on with all weights of a run; leave --lora out")
+        raise UserError("--start trains all weights of a run further; leave --lora out")
     starts = [Path(args.start), Path(args.start) / "fake"] if args.start else [args.model] * 2
     frozen, (student, fake), learned = open_networks(args, args.model, starts, everywhere=True)
     teacher = load_pipeline(args.model, args.device, mmdit=frozen, text=text)
@@ -218,7 +220,7 @@ def stage1(args):
             set_rates(student_adamw, rates, 1 - step / args.iterations)
 
         rollouts = []
-        for rows in micro_batches:  # the fake score learns the samples that the student draws at present, and moves
+        for rows in micro_batches:  # update the fake score on the student's present samples
             cond = text([words[row] for row in rows])
             sampler = CachedSteps(student, cache)
             with autocast(args):
@@ -229,7 +231,7 @@ def stage1(args):
             rollouts.append((rows, states, cond, sampler if cache else None))
         fake_norm = optimizer_step([fake_adamw], args.fake_clip)
 
-        for rows, states, cond, cached in rollouts:  # the student meets F and T on its samples, and moves
+        for rows, states, cond, cached in rollouts:  # update the student: compare F and T on its samples
             with autocast(args):
                 loss = dmd.student_loss(student, fake, teacher.mmdit, states,
                                         rows_of(student_levels, rows, args.device), cond, uncond, args.guidance,
@@ -248,7 +250,7 @@ def stage1(args):
 
 
 def set_rates(optimizer, rates, share):
-    """Learning rates of an optimiser: `share` of those that it was made with, (network, rate) pairs."""
+    """Set an optimiser's learning rates to `share` times those of `rates`, the (network, rate) pairs it was made with."""
     for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = share * rate
 
@@ -321,7 +323,7 @@ def stage2(args):
         for rows in micro_batches:
             x, cond = noise[rows].to(args.device), text([words[row] for row in rows])
             with autocast(args):
-                if turn is not None:  # the generator's: its image is to convince
+                if turn is not None:  # the generator's: its image should look real
                     latents, later_steps = adversarial.refine(student, cache, x, nodes, cond,
                                                               distil=args.objective != "adv")
                     losses = {}
@@ -334,7 +336,7 @@ def stage2(args):
                         losses["output"] = args.output_weight * adversarial.output_distillation(later_steps)
                     if "feature" in args.objective:
                         losses["feature"] = args.feature_weight * adversarial.feature_distillation(later_steps)
-                else:  # the discriminator's: to tell it from the reference's image of the same noise and prompt
+                else:  # the discriminator's: to tell the student's images from the reference's
                     if pool:
                         real, fake = pool_real[rows], pool_fake[rows]
                     else:
@@ -344,7 +346,7 @@ def stage2(args):
                     logits = discriminator(torch.cat([real, fake]))
                     of_real, of_fake = zip(*(level.chunk(2) for level in logits))
                     losses = {"discriminator": adversarial.discriminator_loss(of_real, of_fake)}
-                    discriminator.heads.eval()  # one power iteration of spectral norm an update; released: two a part
+                    discriminator.heads.eval()  # one power iteration of spectral norm an update; released: two a micro-batch
                     means["AUC"] = means.get("AUC", 0) + adversarial.auc(of_real, of_fake) / len(micro_batches)
             (sum(losses.values()) / len(micro_batches)).backward()
             for name, loss in losses.items():
@@ -355,7 +357,7 @@ def stage2(args):
             run.end_step(**means, discriminator_norm=norm)
             continue
         if "compensator" in networks and turn < args.student_warmup:
-            for parameter in trainable(student):  # it does not move yet; released: its gradient counts when clipping
+            for parameter in trainable(student):  # G does not move yet; released: its gradient counts when clipping
                 parameter.grad = None
         if args.decay:
             set_rates(generator_adamw, rates, (args.iterations - step) / (args.iterations - turns[0]))

@@ -1,9 +1,9 @@
 """Models side by side on the same prompts and noise (Fig. 1, 6, 14-16): the picture of the README.
 
-    python -m experiments.sheet runs/stage1 runs/stage2 --cache 2-5
+    python -m experiments.sheet runs/stage1 runs/stage2 --cache 1-4
 
-Columns: a true scene of the prompt, the teacher with 28 guided steps, each model and, with --cache, the first model with
-these blocks re-used plainly.
+Columns: a true scene of the prompt, the teacher with 28 guided steps, the first model and, with --cache, the same with
+these blocks re-used plainly, the other models.
 """
 
 import commandline  # first: it sets how threads wait before torch is loaded
@@ -33,9 +33,10 @@ def main():
     prompts, labels, _ = scenes.draw_captions(args.rows, torch.Generator().manual_seed(args.seed))
     students = [load_pipeline(path, device) for path in args.models]
     pipelines = {f"teacher, w = {args.guidance:g}": load_pipeline(TINY, device).sampled_with(28, args.guidance)}
-    pipelines.update({Path(path).name: student for path, student in zip(args.models, students)})
-    if args.cache:
-        pipelines["plain re-use"] = students[0].sampled_with(blocks=args.cache)
+    for path, student in zip(args.models, students):
+        pipelines[Path(path).name] = student
+        if args.cache:
+            pipelines.setdefault("plain re-use", student.sampled_with(blocks=args.cache))
     columns = {"a true scene": scenes.render(labels)}
     for name, pipeline in pipelines.items():
         columns[f"{name}: {evaluations(pipeline):.3g}"] = pipeline.images(prompts, range(args.rows))

@@ -183,7 +183,7 @@ def new_vae():
 def whiten(vae, latents):
     """Turn and stretch the latents' channels so that they are uncorrelated, of mean 0 and variance 1.
 
-    Left alone, one direction (how bright a place is) has nine tenths of the variance, and edges drown in little noise.
+    Left alone, one direction (how bright a place is) has most of the variance, and edges drown in little noise.
     latents (N, C, h, w), of this autoencoder. The map goes into the encoder's last layer, its inverse into the
     decoder's first; that one's padding now means something else, which training the decoder mends. The posterior's
     deviation becomes LATENT_NOISE everywhere: the decoder learns to bear a generator's small faults.
