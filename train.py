@@ -390,8 +390,8 @@ def find_models(args):
         raise UserError("--reference truth is for the tiny world, where the truth is known; name a model")
     if args.reference == "truth" and not args.pool:
         raise UserError("--reference truth needs a --pool of images")
-    if args.pool and parallel.processes() > 1:
-        raise UserError("--pool works with one process; make it 0")
+    if args.pool and (parallel.processes() > 1 or args.pool < args.batch):
+        raise UserError(f"--pool {args.pool}: works with one process and holds at least a --batch of images; 0: no pool")
     slower = [folder for folder in (run_folder(args.preset, stage, 2 * steps) for stage in (2, 1))
               if is_finished(folder)]
     args.reference = str(args.reference or (slower or [args.model])[0])
