@@ -81,7 +81,9 @@ def generator_loss(logits):
 
 
 def discriminator_loss(of_real, of_fake):
-    """The discriminator's turn (Sec. 3.3): real images should get the label 0.8, the student's 0. Logits: a tensor a level.
+    """The discriminator's turn (Sec. 3.3): real images should get the label 0.8, the student's 0.
+
+    Logits: a tensor a level.
     """
     return multilevel_loss(of_real, REAL_LABEL) + multilevel_loss(of_fake, 0.0)
 
@@ -213,7 +215,7 @@ class ImagePool(nn.Module):
 
     def __init__(self, real, fake):
         super().__init__()
-        self.register_buffer("real", real.contiguous())
+        self.register_buffer("real", real.contiguous())  # safetensors writes no other layout
         self.register_buffer("fake", fake.contiguous())
 
     def draw(self, n, generator):

@@ -64,6 +64,8 @@ def of_tiny_world(args):
     reference = None
     if args.reference and is_pictures(args.reference):
         pictures = [picture_bytes(open_picture(file)) for file in pictures_of(args.reference)]
+        if any(picture.shape[1:] != (scenes.SIZE, scenes.SIZE) for picture in pictures):
+            raise UserError(f"{args.reference}: its pictures are not those of the tiny world, {scenes.SIZE} pixels a side")
         reference = torch.stack(pictures).float() / 127.5 - 1
     elif args.reference:
         pipeline = open_tiny(args, args.reference)

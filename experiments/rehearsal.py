@@ -1,7 +1,7 @@
 """Rehearse docs/official.md without the weights: its commands, word for word, on random weights in the published layout.
 
     python -m experiments.rehearsal                 a small model, minutes on a CPU
-    python -m experiments.rehearsal --full          SD3-Medium's size, T5-XXL and ConvNeXt-XXL included: 35 GB of files
+    python -m experiments.rehearsal --full          SD3-Medium's size, T5-XXL and ConvNeXt-XXL included
 
 Everything that the page would download is made under the name that it would have, in --out, where the commands then run;
 training makes a few updates instead of all, stops halfway and is resumed. What each command took is printed as a table.

@@ -58,6 +58,8 @@ def test_a_model_is_measured_as_the_flags_have_it(words, evaluations, how, two_s
     assert run_command(evaluate.main, "quality", two_steps, *again, capsys=capsys)[0] == 0
     read, = json.loads((tmp_path / "quality.json").read_text()).values()
     assert read["to reference"] == pytest.approx(found["to reference"], rel=0.02)
+    to_picture(reference[0, :, ::2, ::2]).save(tmp_path / "pictures" / "small.png")
+    assert "64 pixels a side" in run_command(evaluate.main, "quality", two_steps, *again, capsys=capsys)[2]
     assert found == pytest.approx(expected, rel=1e-3) and f"| {evaluations:.2f} | {found['adherence']:.3f} |" in out
 
 
@@ -182,6 +184,18 @@ def test_claims_are_judged_by_scipys_tests_with_holms_correction(monkeypatch):
     assert second[0].startswith("-6.5 (") and second[1:] == ["3, 4", p[1], "holds |"]
     assert third[1:] == ["3, 3", p[2], "the opposite holds |"]
     assert ablations.table(rows)[2].startswith("| A | 3 | 4.000 ± 2.000 | ")
+
+
+def test_the_guided_teachers_pictures_are_drawn_once_and_again_if_some_are_missing(tmp_path, monkeypatch):
+    few = measures.prompts_to_measure(2, samples=0)
+    monkeypatch.setattr(measures, "prompts_to_measure", lambda *_, **__: few)
+    folder = ablations.guided_teacher(tmp_path)
+    assert [file.name for file in sorted(folder.iterdir())] == ["0000.png", "0001.png"]
+    (folder / "0001.png").unlink()
+    ablations.guided_teacher(tmp_path)
+    assert len(list(folder.iterdir())) == 2
+    monkeypatch.setattr(ablations, "load_pipeline", lambda *_: pytest.fail("drawn again"))
+    ablations.guided_teacher(tmp_path)
 
 
 def test_an_arm_is_trained_from_the_runs_of_its_seed_and_what_has_a_row_is_not_run_again(tmp_path, monkeypatch, capsys):
