@@ -67,8 +67,8 @@ def stage1_arguments(parser):
     add("--fake-lr", type=positive, default=4e-5, help="learning rate of F")
     add("--student-clip", type=positive, default=2.0, help="largest norm of G's gradient")
     add("--fake-clip", type=positive, default=1.0, help="largest norm of F's gradient")
-    add("--decay", action=argparse.BooleanOptionalAction, default=False,
-        help="let the rates of G and f fall to zero (an addition)")
+    add("--average", action=argparse.BooleanOptionalAction, default=False,
+        help="the student that is saved has the mean of G's weights, over about the last third of the run (an addition)")
     add("--start", metavar="DIR", help="a Stage I run whose student and fake score are trained further (an "
         "addition); without it both start as the teacher")
     add("--cache", type=commandline.blocks, default=(), metavar="A-B",
@@ -113,7 +113,7 @@ def stage2_arguments(parser):
 
 PRESETS = {  # overrides of these defaults, for both stages and for each
     "tiny": ({"model": str(TINY), "at_once": 0, "recompute": False},
-             {1: {"iterations": 200, "batch": 32, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.90},
+             {1: {"iterations": 140, "batch": 32, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.90, "average": True},
               2: {"iterations": 1000, "discriminator_lr": 1e-3, "output_weight": 16.0, "feature_weight": 0.02,
                   "cache": (1, 4), "lora": 0, "backbone": "none", "pool": 2048, "discriminator_warmup": 400,
                   "student_warmup": 20, "decay": True}}),
@@ -184,13 +184,14 @@ def stage1(args):
     if args.start and args.lora:
         raise UserError("--start trains all weights of a run further; leave --lora out")
     starts = [Path(args.start), Path(args.start) / "fake"] if args.start else [args.model] * 2
-    frozen, (student, fake), learned = open_networks(args, args.model, starts, everywhere=True)
+    starts += starts[:1] * args.average
+    frozen, (student, fake, *averaged), learned = open_networks(args, args.model, starts, everywhere=True)
     teacher = load_pipeline(args.model, args.device, mmdit=frozen, text=text)
     windows = dmd.step_windows(args.steps, teacher.shift, whole=args.windows == "whole")
     nodes, uncond = windows.nodes.to(args.device), text([""])
     uniform, density = dmd.importance_density("uniform"), dmd.importance_density(args.density)
     rate = LORA_RATE if args.lora else 1
-    networks = dict(zip(("student", "fake"), learned))
+    networks = dict(zip(("student", "fake", "average"), learned))
     rates, cache = [(student, rate * args.student_lr)], None
     if args.cache:
         check_blocks(args.cache, len(frozen.joint_blocks), args.steps)
@@ -198,9 +199,15 @@ def stage1(args):
         cache = new_cache(args.cache, frozen.pos_embed.shape[2], device=args.device)
         networks["compensator"] = cache.compensator
         rates.append((cache.compensator, args.compensator_lr))
+    of_student = replace(teacher, mmdit=student, sigmas=nodes, guidance=1.0, cache=cache)
+    if args.average:
+        of_student.mmdit, = averaged
+        if args.cache:
+            of_student.cache = new_cache(args.cache, frozen.pos_embed.shape[2], device=args.device)
+            networks["average compensator"] = of_student.cache.compensator
+            averaged.append(of_student.cache.compensator)
     student_adamw, fake_adamw = adamw(rates, BETAS[1]), adamw([(fake, rate * args.fake_lr)], BETAS[1])
 
-    of_student = replace(teacher, mmdit=student, sigmas=nodes, guidance=1.0, cache=cache)
     pipelines = {"student": of_student,
                  f"teacher, 28 steps, w = {args.guidance:g}": teacher.sampled_with(28, args.guidance),
                  f"teacher, {args.steps} steps": replace(teacher, sigmas=nodes, guidance=args.guidance)}
@@ -216,8 +223,6 @@ def stage1(args):
         fake_levels = dmd.draw_levels(windows, uniform, shape, generator)
         student_levels = dmd.draw_levels(windows, density, shape, generator)
         fake_mean = student_mean = 0.0
-        if args.decay:
-            set_rates(student_adamw, rates, 1 - step / args.iterations)
 
         rollouts = []
         for rows in micro_batches:  # update the fake score on the student's present samples
@@ -239,6 +244,8 @@ def stage1(args):
             (loss / len(micro_batches)).backward()
             student_mean += loss.detach() / len(micro_batches)
         student_norm = optimizer_step([student_adamw], args.student_clip)
+        for mean, (network, _) in zip(averaged, rates):
+            move_average(mean, network, step)
 
         guided = (student_levels.sigma <= args.alpha).float().mean()
         run.end_step(fake=fake_mean, student=student_mean, fake_norm=fake_norm, norm=student_norm, guided=guided)
@@ -249,10 +256,12 @@ def stage1(args):
             measures.write(args.out, {"student": of_student}, beside=args.model)
 
 
-def set_rates(optimizer, rates, share):
-    """Set an optimiser's learning rates to `share` times those of `rates`, the (network, rate) pairs it was made with."""
-    for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = share * rate
+@torch.no_grad()
+def move_average(mean, network, step):
+    """Let the trained weights of `mean` follow those of `network`: an average in which step t weighs as t², so that it
+    covers about the last third of however many steps there were (Karras et al. 2024, power function)."""
+    for average, weight in zip(trainable(mean), trainable(network), strict=True):
+        average.lerp_(weight, 3 / (step + 3))
 
 
 def rows_of(levels, rows, device):
@@ -370,6 +379,12 @@ def stage2(args):
     if measures.is_tiny_world(args.model) and not args.bare:
         with autocast(args):
             measures.write(args.out, pipelines, beside=args.model)
+
+
+def set_rates(optimizer, rates, share):
+    """Set an optimiser's learning rates to `share` times those of `rates`, the (network, rate) pairs it was made with."""
+    for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = share * rate
 
 
 def find_models(args):

@@ -164,6 +164,15 @@ def test_stage_1_moves_all_weights_of_student_and_fake_score_but_not_the_positio
         assert "pos_embed" in still and len(still) <= 3, still  # the last block's text has a bias that nothing reads
 
 
+def test_the_average_weighs_late_steps_more_and_covers_the_last_third():
+    mean, network = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    for step in range(30):
+        torch.nn.init.constant_(network.weight, step)
+        train.move_average(mean, network, step)
+    weights_of_steps = [(step + 1) * (step + 2) for step in range(30)]
+    assert mean.weight.item() == pytest.approx(sum(w * i for i, w in enumerate(weights_of_steps)) / sum(weights_of_steps))
+
+
 def test_the_fake_score_moves_before_the_student_looks_at_it(tmp_path):
     """Without guidance G's first loss is 0 for as long as F is the teacher that it starts from."""
     for name, rate in (("still", 1e-30), ("moved", 4e-4)):
@@ -225,13 +234,13 @@ def test_the_log_has_a_line_every_so_often_and_at_the_end(four_steps, refined):
 @pytest.mark.parametrize("which", RUNS)
 def test_the_written_student_needs_no_flags_and_samples_what_the_trained_network_does(which, request):
     run = request.getfixturevalue(which)
-    state, network, cache = read_state(run), load_mmdit(TINY), None
+    state, network, cache, key = read_state(run), load_mmdit(TINY), None, "student" if which == "refined" else "average"
     if which == "adapted":
         network, adapters = add_lora(network, 2, everywhere=True)
         for i, adapter in enumerate(adapters):
-            adapter.copy_(state[f"student/{i}"])
+            adapter.copy_(state[f"{key}/{i}"])
     else:
-        network.load_state_dict({name: state[f"student/{name}"] for name in network.state_dict()})
+        network.load_state_dict({name: state[f"{key}/{name}"] for name in network.state_dict()})
     if which == "refined":
         cache = new_cache((1, 4), 128)
         cache.compensator.load_state_dict({name: state[f"compensator/{name}"]
@@ -245,12 +254,12 @@ def test_the_written_student_needs_no_flags_and_samples_what_the_trained_network
 
 
 def test_stage_1_goes_on_from_a_run_with_a_cache_whose_f_and_later_steps_learn(two_steps, tmp_path):
-    run_train("--stage", 1, "--iterations", 1, "--start", two_steps, "--cache", "1-4", "--decay", "--out", tmp_path)
+    run_train("--stage", 1, "--iterations", 1, "--start", two_steps, "--cache", "1-4", "--out", tmp_path)
     before, after = read_state(two_steps), read_state(tmp_path)
     moved = {name for name in after if name.startswith(("student/", "fake/")) and not torch.equal(before[name], after[name])}
     assert {name.split("/")[0] for name in moved} == {"student", "fake"}
     assert after["compensator/image.fc2.weight"].any() and after["compensator/text.fc2.weight"].any()
-    difference = before["student/x_embedder.proj.weight"] - after["student/x_embedder.proj.weight"]
+    difference = before["average/x_embedder.proj.weight"] - after["student/x_embedder.proj.weight"]
     assert difference.abs().max() < 1.1e-4  # one update from where the other run ended
     student = load_pipeline(tmp_path)
     assert student.cache.blocks == (1, 4) and student.images(["a circle"], [0]).isfinite().all()
