@@ -32,8 +32,7 @@ from tinyworld import measures
 OURS, OURS4 = "--stage 1", "--stage 1 --steps 4"
 TDM, TDM4 = (f"{ours} --alpha 1 --density uniform" for ours in (OURS, OURS4))
 STAGE2, BLOCKS = "--stage 2", "--cache 1-4"
-ARMS = {  # ablation: {arm: (flags of train.py, flags of evaluate.py)}; no training: the tiny teacher
-    "teacher": {"teacher, w = 2": ("", "--steps 28 --guidance 2"), "teacher, w = 7": ("", "--steps 28 --guidance 7")},
+ARMS = {  # ablation: {arm: (flags of train.py, flags of evaluate.py)}
     "gate": {"ours, 2": (OURS, ""), "no gate": (f"{OURS} --alpha 1", "")},
     "density": {"no importance sampling": (f"{OURS} --density uniform", ""), "TDM, 2": (TDM, "")},
     "four": {"ours, 4": (OURS4, ""), "TDM, 4": (TDM4, "")},
@@ -98,8 +97,7 @@ def main():
     for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
         for name in args.only or ARMS:
             for arm, (train, evaluate) in ARMS[name].items():
-                if not any(row["arm"] == arm and int(row["seed"]) == seed for row in read_rows(args.out)) \
-                        and (train or seed == FIRST_SEED):
+                if not any(row["arm"] == arm and int(row["seed"]) == seed for row in read_rows(args.out)):
                     measure(args.out, arm, train, evaluate, seed)
     rows = read_rows(args.out)
     print(*table(rows), "", *claims(rows), sep="\n")
@@ -110,8 +108,8 @@ def main():
 def measure(out, arm, train, evaluate, seed):
     """Train an arm, if need be, measure it, and add its row to results.csv."""
     start = time.monotonic()
-    model = trained(out, train, seed) if train else TINY
-    run("evaluate.py", "quality", model, *evaluate.split(), "--reference", guided_teacher(out), "--out", out / "quality")
+    run("evaluate.py", "quality", trained(out, train, seed), *evaluate.split(), "--reference", guided_teacher(out),
+        "--out", out / "quality")
     found, = json.loads((out / "quality" / "quality.json").read_text()).values()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
