@@ -61,10 +61,11 @@ def one_line(text, most=64):
     return line if len(line) <= most else line[:most - 1] + "…"
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def find_device(name):
-    """The device asked for, or the best there is. Raises UserError if it is not available."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A type of arguments: a device that is available."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()

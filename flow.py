@@ -30,8 +30,6 @@ def teacher_grid(shift):
 
 def student_indices(n, shift):
     """Positions of the student's nodes in the teacher grid: σ(linspace(1, 0, n+1)), snapped. Returns int64 (n+1,)."""
-    if n < 1:
-        raise ValueError(f"a sampler needs at least one step, not {n}")
     wanted = shift_sigma(torch.linspace(1, 0, n + 1, dtype=torch.float64), shift).float()
     return (teacher_grid(shift)[None] - wanted[:, None]).abs().argmin(dim=1)
 
@@ -47,8 +45,6 @@ def sd3_sigmas(n, shift):
     It shifts twice: the smallest level, σ(1/1000), is shifted already, and the levels spaced evenly down to it are then
     shifted again. Kept, because the teacher's published samples are made this way.
     """
-    if n < 1:
-        raise ValueError(f"a sampler needs at least one step, not {n}")
     sigma_min = shift_sigma(1 / GRID_STEPS, shift)
     levels = shift_sigma(torch.linspace(1, sigma_min, n, dtype=torch.float64), shift)
     return torch.cat([levels, levels.new_zeros(1)]).float()

@@ -20,6 +20,7 @@ from commandline import UserError
 from lora import add_lora, merge_lora
 from mmdit import load_mmdit
 from pictures import contact_sheet, write_picture
+from pipeline import DTYPES
 
 LOG_EVERY, SHEET_EVERY, SAVE_SECONDS = 10, 100, 60
 MOST_SKIPPED = 5    # updates in a row whose gradient is not finite, before the run stops
@@ -56,7 +57,7 @@ def open_networks(args, path, starts, everywhere=False):
                               for start in starts]
         for network in networks:
             network.pos_embed.requires_grad_(False)
-            parallel.shard(network, torch.bfloat16 if args.dtype == "bf16" else torch.float32, args.device)
+            parallel.shard(network, DTYPES[args.dtype], args.device)
     for network in networks:
         network.recompute = args.recompute
     return frozen, networks, learned
@@ -64,7 +65,7 @@ def open_networks(args, path, starts, everywhere=False):
 
 def frozen_network(args, path):
     """A transformer that is not trained, in the dtype of the arithmetic. With --lora, every process holds all of it."""
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    dtype = DTYPES[args.dtype]
     if args.lora:
         return load_mmdit(path, args.device, dtype)
     return parallel.shard(load_mmdit(path, loading_device(args), dtype), dtype, args.device)
@@ -109,6 +110,13 @@ def optimizer_step(optimizers, max_norm):
     return norm
 
 
+@torch.no_grad()
+def move_average(mean, network, share):
+    """Move the trained weights of `mean` this share of the way to those of `network`."""
+    for average, weight in zip(trainable(mean), trainable(network), strict=True):
+        average.lerp_(weight, share)
+
+
 # ------------------------------------------------------------------------------------------------------------ run
 
 def seeded(seed, step):
@@ -133,7 +141,7 @@ class Run:
     def __init__(self, args, settings, name, networks, optimizers, iterations, sheet=None):
         self.args, self.name, self.networks, self.optimizers = args, name, networks, optimizers
         self.settings, self.iterations, self.sheet, self.step = settings, iterations, sheet, 0
-        self.skipped, self.stop, self.sums, self.counts = {}, False, {}, {}
+        self.skipped, self.stop, self.values = {}, False, {}
         self.log, self.bar = args.out / "log.jsonl", None
         self.restore()
         self.saved = self.logged = time.monotonic()
@@ -175,8 +183,7 @@ class Run:
         turn = tuple(norms)  # whose turn it was; its failures in a row count
         self.skipped[turn] = 0 if finite else self.skipped.get(turn, 0) + 1
         for name, value in (values if finite else {"skipped": 1}).items():
-            self.sums[name] = self.sums.get(name, 0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self.values.setdefault(name, []).append(value)
         if self.skipped[turn] == MOST_SKIPPED:
             raise UserError(f"{self.args.out}: {MOST_SKIPPED} updates in a row had gradients that are not finite, the "
                             f"last in step {self.step + 1}; start again with lower learning rates or with --dtype fp32")
@@ -202,10 +209,10 @@ class Run:
     def write_log(self):
         """A line of log.jsonl: the mean of each value since the line before, seconds a step and, on a GPU, memory."""
         device, now = self.args.device, time.monotonic()
-        means = torch.stack([torch.as_tensor(self.sums[name] / (1 if name == "skipped" else self.counts[name]),
-                                             dtype=torch.float32, device=device) for name in self.sums])
+        means = torch.stack([torch.as_tensor(sum(found) / (1 if name == "skipped" else len(found)),
+                                             dtype=torch.float32, device=device) for name, found in self.values.items()])
         parallel.average([means])
-        line = dict(zip(self.sums, means.tolist()))
+        line = dict(zip(self.values, means.tolist()))
         self.bar.set_postfix({name: f"{value:.4g}" for name, value in line.items()}, refresh=False)
         line["seconds"] = (now - self.logged) / (self.step - self.logged_step)
         if device.type == "cuda":
@@ -213,7 +220,7 @@ class Run:
         if parallel.is_first():
             with open(self.log, "a") as file:
                 file.write(json.dumps({"run": self.name, "step": self.step, **line}) + "\n")
-        self.sums, self.counts, self.logged, self.logged_step = {}, {}, now, self.step
+        self.values, self.logged, self.logged_step = {}, now, self.step
 
 
 class Sheet:

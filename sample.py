@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import weights
-from commandline import CommandLine, UserError, blocks, count, find_device, image_size, number, run_script, seed
+from commandline import DEVICE, CommandLine, UserError, blocks, count, find_device, image_size, number, run_script, seed
 from pictures import contact_sheet, to_picture, write_picture
 from pipeline import DTYPES, TINY, load_pipeline
 from prompts import read_prompts
@@ -33,7 +33,7 @@ def main():
         "none: all blocks run; without it the model's own")
     add("--size", type=image_size, help="H or HxW in pixels; without it the model's own")
     add("--dtype", choices=DTYPES, help="without it fp32 on a CPU, bf16 on a GPU")
-    add("--device", help="without it cuda if there is one, else cpu")
+    add("--device", type=find_device, default=DEVICE, help="where it runs")
     add("--out", type=Path, default=Path("samples"), help="FILE.png for one image, or a folder")
     args = parser.parse_args()
 
@@ -45,9 +45,8 @@ def main():
     if single and (args.out.suffix.lower() != ".png" or len(jobs) > 1):
         raise UserError(f"--out {args.out}: give FILE.png for one image, or a folder")
     weights.check_writable(args.out.parent if single else args.out)
-    device = find_device(args.device)
-    dtype = DTYPES[args.dtype or ("fp32" if device.type == "cpu" else "bf16")]
-    pipeline = load_pipeline(args.model, device, dtype).sampled_with(args.steps, args.guidance, args.cache)
+    dtype = DTYPES[args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")]
+    pipeline = load_pipeline(args.model, args.device, dtype).sampled_with(args.steps, args.guidance, args.cache)
 
     if not single and (args.out / "sheet.png").exists():  # the images of an older run, perhaps a longer one
         for old in args.out.glob("*.png"):

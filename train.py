@@ -23,11 +23,11 @@ import dmd
 import parallel
 import weights
 from cache import CORRECTIONS, CachedSteps, check_blocks, effective_nfe, new_cache
-from commandline import CommandLine, UserError, count, from_zero, number, positive
-from loop import (Run, Sheet, adamw, autocast, fast_bf16, frozen_network, open_networks, optimizer_step, seeded,
-                  trainable, whole)
+from commandline import DEVICE, CommandLine, UserError, count, find_device, from_zero, number, positive
+from loop import (Run, Sheet, adamw, autocast, fast_bf16, frozen_network, move_average, open_networks, optimizer_step,
+                  seeded, trainable, whole)
 from mmdit import save_mmdit
-from pipeline import TINY, decode, is_finished, load_pipeline, read_sigmas, save_pipeline
+from pipeline import DTYPES, TINY, decode, is_finished, load_pipeline, read_sigmas, save_pipeline
 from prompts import EncodedText, draw_prompts, read_prompts, sheet_prompts
 from text import load_text_encoders
 from tinyworld import measures, scenes
@@ -46,7 +46,7 @@ def shared_arguments(parser):
     add("--recompute", action=argparse.BooleanOptionalAction, default=True,
         help="run each block again for its backward pass instead of keeping its activations")
     add("--seed", type=commandline.seed, default=0, help="random seed")
-    add("--device", help="without it cuda if there is one, else cpu")
+    add("--device", type=find_device, default=DEVICE, help="where it runs")
     add("--dtype", choices=["bf16", "fp32"], help="precision of the arithmetic; without it bf16 where it is faster")
     add("--out", type=Path, help="a folder; without it runs/stage1, runs/stage1-4steps, runs/stage2, …")
     add("--resume", action="store_true", help="continue the run in --out from its last saved state")
@@ -88,7 +88,7 @@ def stage2_arguments(parser):
         help="the discriminator's ConvNeXt; none: it is three small networks, learned from nothing")
     add("--pool", type=from_zero, default=0, help="images of either kind that the discriminator learns from: drawn once, "
         "the student's replaced as it learns (an addition, to save time); 0: each update draws new ones")
-    add("--cache", type=commandline.blocks, default=(2, 9), metavar="A-B",
+    add("--cache", type=commandline.blocks, default="2-9", metavar="A-B",
         help="blocks, from 0, that only the first step runs (Fig. 12), or none")
     add("--correction", choices=list(CORRECTIONS), default="mlp",
         help="what corrects the cached residual Δ0: f, an MLP; none: plain re-use; prune: the blocks are left out")
@@ -115,11 +115,11 @@ PRESETS = {  # overrides of these defaults, for both stages and for each
     "tiny": ({"model": str(TINY), "at_once": 0, "recompute": False},
              {1: {"iterations": 140, "batch": 32, "student_lr": 1e-4, "fake_lr": 4e-4, "alpha": 0.90, "average": True},
               2: {"iterations": 1000, "discriminator_lr": 1e-3, "output_weight": 16.0, "feature_weight": 0.02,
-                  "cache": (1, 4), "lora": 0, "backbone": "none", "pool": 2048, "discriminator_warmup": 400,
+                  "cache": "1-4", "lora": 0, "backbone": "none", "pool": 2048, "discriminator_warmup": 400,
                   "student_warmup": 20, "decay": True}}),
     "sd3-medium": ({"model": "stabilityai/stable-diffusion-3-medium-diffusers"}, {}),
     "sd3.5-medium": ({"model": "stabilityai/stable-diffusion-3.5-medium"}, {}),
-    "sd3.5-large": ({"model": "stabilityai/stable-diffusion-3.5-large"}, {2: {"cache": (3, 12)}}),
+    "sd3.5-large": ({"model": "stabilityai/stable-diffusion-3.5-large"}, {2: {"cache": "3-12"}}),
 }
 LORA_RATE = 3               # Stage I: how much faster adapters learn than all weights do
 BETAS = {1: (0.0, 0.999), 2: (0.9, 0.95)}   # of AdamW
@@ -143,7 +143,6 @@ def parse_arguments(words=None):
     args = parser.parse_args(words)
     if args.stage is None:
         raise UserError("--stage is missing: 1 or 2")
-    args.device = commandline.find_device(args.device)
     args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
     args.out = args.out or run_folder(args.preset, args.stage, args.steps)
     if args.resume and (parallel.read_header(args.out) or {}).get("name") != f"stage {args.stage}":
@@ -245,7 +244,7 @@ def stage1(args):
             student_mean += loss.detach() / len(micro_batches)
         student_norm = optimizer_step([student_adamw], args.student_clip)
         for mean, (network, _) in zip(averaged, rates):
-            move_average(mean, network, step)
+            move_average(mean, network, 3 / (step + 3))  # step t weighs as t² (power function of Karras et al. 2024)
 
         guided = (student_levels.sigma <= args.alpha).float().mean()
         run.end_step(fake=fake_mean, student=student_mean, fake_norm=fake_norm, norm=student_norm, guided=guided)
@@ -254,14 +253,6 @@ def stage1(args):
     if measures.is_tiny_world(args.model) and not args.bare:
         with autocast(args):
             measures.write(args.out, {"student": of_student}, beside=args.model)
-
-
-@torch.no_grad()
-def move_average(mean, network, step):
-    """Let the trained weights of `mean` follow those of `network`: an average in which step t weighs as t², so that it
-    covers about the last third of however many steps there were (Karras et al. 2024, power function)."""
-    for average, weight in zip(trainable(mean), trainable(network), strict=True):
-        average.lerp_(weight, 3 / (step + 3))
 
 
 def rows_of(levels, rows, device):
@@ -425,12 +416,9 @@ def load_reference(args, student):
     reference = replace(load_pipeline(args.reference, args.device, mmdit=mmdit, text=student.text), vae=student.vae)
     if reference.latent_shape() != student.latent_shape():
         raise UserError(f"{args.reference}: its latents are not those of {args.student}")
-    passes = (len(reference.sigmas) - 1) * (2 if reference.guidance != 1 else 1)
-    if passes > 8 and args.steps <= 4 and parallel.is_first():
-        again = f" --preset {args.preset}" * (args.preset != "tiny") + f" --prompts {args.prompts}" * bool(args.prompts)
-        print(f"reference: {args.reference}, {passes} network passes for each real image. A student of "
-              f"{2 * args.steps} steps needs {2 * args.steps}: `python train.py --stage 1 --steps {2 * args.steps}"
-              f"{again}` makes one")
+    if parallel.is_first():
+        passes = (len(reference.sigmas) - 1) * (2 if reference.guidance != 1 else 1)
+        print(f"reference: {args.reference}, {passes} network passes for each real image")
     return reference
 
 
@@ -451,8 +439,8 @@ def open_prompts(args):
     drawn = {"", *sheet_prompts(prompts)}
     for step in range(args.iterations):
         drawn.update(draw_prompts(prompts, args.batch, seeded(args.seed, step)))
-    text = EncodedText(args.text_cache, args.model, args.device, torch.bfloat16 if args.dtype == "bf16" else
-                       torch.float32)
+    drawn.update(draw_prompts(prompts, getattr(args, "pool", 0), seeded(args.seed, -1)))
+    text = EncodedText(args.text_cache, args.model, args.device, DTYPES[args.dtype])
     text.encode(drawn)
     return prompts, text
 

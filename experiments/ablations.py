@@ -107,10 +107,10 @@ def main():
 
 def measure(out, arm, train, evaluate, seed):
     """Train an arm, if need be, measure it, and add its row to results.csv."""
-    start = time.monotonic()
-    run("evaluate.py", "quality", trained(out, train, seed), *evaluate.split(), "--reference", guided_teacher(out),
-        "--out", out / "quality")
-    found, = json.loads((out / "quality" / "quality.json").read_text()).values()
+    start, quality = time.monotonic(), out / "quality" / f"{arm}-{seed}"
+    model = trained(out, train, seed)
+    run("evaluate.py", "quality", model, *evaluate.split(), "--reference", guided_teacher(out), "--out", quality)
+    found, = json.loads((quality / "quality.json").read_text()).values()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     row = {"arm": arm, "seed": seed, **{name: round(found[name], 5) for name in MEASURES}, "train": train,
@@ -192,7 +192,7 @@ def claims(rows):
     """Markdown: a row for each claim whose two arms have at least two runs each.
 
     p is corrected for the number of all claims; one without runs counts as p = 1. So a verdict that is here today, other
-    than "undecided", stays when the others have been run.
+    than "undecided", stays when the others have been run. p below 0.001 is shown as 0.001.
     """
     found = []
     for claim in CLAIMS:
@@ -212,16 +212,15 @@ def claims(rows):
         verdict = "undecided" if p >= 0.05 else "holds" if good else "the opposite holds"
         numbers = [f"{x:.{measures.DIGITS[claim.measure]}f}" for x in (a.mean(), b.mean(), a.mean() - b.mean(), low, high)]
         lines.append(f"| {claim.text} | {claim.paper} | {claim.measure} {numbers[0]} vs {numbers[1]} | "
-                     f"{numbers[2]} ({numbers[3]} to {numbers[4]}) | {p:.3f} | {verdict} |")
+                     f"{numbers[2]} ({numbers[3]} to {numbers[4]}) | {max(p, 0.001):.3f} | {verdict} |")
     return lines
 
 
 def holm(ps):
     """p-values corrected for their number (Holm 1979)."""
-    order, corrected, least = np.argsort(ps), np.empty(len(ps)), 0.0
-    for rank, i in enumerate(order):
-        least = corrected[i] = max(least, min(1.0, (len(ps) - rank) * ps[i]))
-    return corrected
+    order = np.argsort(ps)
+    scaled = np.minimum(1, np.take(ps, order) * np.arange(len(ps), 0, -1))
+    return np.maximum.accumulate(scaled)[np.argsort(order)]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from PIL import Image
 import dmd
 import flow
 from cache import Cache, CachedSteps
-from commandline import CommandLine, UserError, find_device
+from commandline import DEVICE, CommandLine, UserError, find_device
 from mmdit import load_mmdit
 from pictures import contact_sheet, write_picture
 from pipeline import TINY, decode, load_pipeline
@@ -34,20 +34,19 @@ def main():
     parser.add_argument("--prompt", default="a striped red circle on a gray background")
     parser.add_argument("--seed", type=commandline.seed, default=0, help="of the noise")
     parser.add_argument("--teacher", default=str(TINY), help="whom it was distilled from")
-    parser.add_argument("--device", help="without it cuda if there is one, else cpu")
+    parser.add_argument("--device", type=find_device, default=DEVICE, help="where it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/explain.png"), help="FILE.png")
     args = parser.parse_args()
-    device = find_device(args.device)
-    student = load_pipeline(args.model, device)
+    student = load_pipeline(args.model, args.device)
     if "training" not in student.mmdit.metadata:
         raise UserError(f"{args.model}: is no student made by train.py")
-    teacher = load_pipeline(args.teacher, device, text=student.text)
+    teacher = load_pipeline(args.teacher, args.device, text=student.text)
     if teacher.latent_shape() != student.latent_shape():
         raise UserError(f"{args.teacher}: its latents are not those of {args.model}; name its teacher with --teacher")
     file = Path(args.model) / "fake"
     if not file.exists():
         print(f"note: {args.model} has no fake score, which only Stage I leaves: it is not shown", file=sys.stderr)
-    fake = load_mmdit(file, device) if file.exists() else None
+    fake = load_mmdit(file, args.device) if file.exists() else None
     print(write_picture(explain(student, teacher, fake, args.prompt, args.seed), args.out))
 
 
@@ -60,14 +59,15 @@ def explain(student, teacher, fake, prompt, seed):
     if student.cache:
         blocks = "blocks {}-{}".format(*student.cache.blocks)
         ways.update({f"{blocks} re-used": Cache(student.cache.blocks), f"{blocks} corrected": student.cache})
-    runs = [clean_estimates(student.mmdit, cache, noise, nodes, cond) for cache in ways.values()]
-    above = contact_sheet(decode(student.vae, torch.cat([x0 for run in runs for x0 in run])), list(ways),
+    runs = [dmd.rollout(CachedSteps(student.mmdit, cache), noise, nodes, cond) for cache in ways.values()]
+    above = contact_sheet(decode(student.vae, torch.cat([x0 for run in runs for x0 in clean_estimates(*run, nodes)])),
+                          list(ways),
                           [f"step {k + 1}: sigma {sigma:.2f}" for k, sigma in enumerate(nodes[:-1])], width=128)
 
     training = json.loads(student.mmdit.metadata["training"])
     guidance, alpha = training.get("guidance", 7.0), training.get("alpha", 1.0)  # Stage II has no gate
     windows = dmd.step_windows(len(nodes) - 1, student.shift, whole=training.get("windows") == "whole")
-    states, velocities = dmd.rollout(CachedSteps(student.mmdit, student.cache), noise, nodes, cond)
+    states, velocities = runs[-1]  # as it samples
     again = flow.initial_noise(student.latent_shape(), [seed + 1]).to(student.device)
     seen = [judgements(noised_sample(states, velocities, windows, level, again), level, teacher.mmdit, fake, cond,
                        uncond, guidance) for level in LEVELS]
@@ -84,9 +84,8 @@ def explain(student, teacher, fake, prompt, seed):
     return both
 
 
-def clean_estimates(model, cache, noise, nodes, cond):
-    """The student's own sampling: its clean estimate x̂0 at each step, the last of which is the sample."""
-    states, velocities = dmd.rollout(CachedSteps(model, cache), noise, nodes, cond)
+def clean_estimates(states, velocities, nodes):
+    """Of a dmd.rollout: the clean estimate x̂0 at each step, the last of which is the sample."""
     return [flow.velocity_to_x0(x, v, sigma) for x, v, sigma in zip(states, velocities, nodes)]
 
 

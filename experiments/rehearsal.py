@@ -19,8 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import (AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTextConfig,
-                          CLIPTextModelWithProjection, T5Config, T5EncoderModel)
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 import flow
 import weights
@@ -28,7 +27,8 @@ from adversarial import BACKBONE_FILE, ConvNeXt
 from commandline import CommandLine, UserError
 from mmdit import MMDiT
 from pipeline import TINY, Pipeline, save_pipeline
-from text import ENCODERS, TextEncoders
+from text import ENCODERS
+from tinyworld.make import new_text_encoders
 from vae import VAE
 
 PAGE = TINY.parent / "docs" / "official.md"
@@ -36,11 +36,12 @@ MODEL, CLIP = "stabilityai/stable-diffusion-3-medium-diffusers", "openai/clip-vi
 BACKBONE, INCEPTION = "laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup", "inception-2015-12-05.pt"
 FULL = {  # widths and depths as published
     "mmdit": {"depth": 24, "width": 1536, "heads": 24, "pos_max": 192}, "vae": {},
-    "clips": ((768, 12), (1280, 32)), "t5": (4096, 10240, 64, 24), "tokens": (77, 77, 256),
+    "clips": ((768, 12), (1280, 32)), "t5": (4096, 10240, 24), "tokens": (77, 77, 256),
     "convnext": ((3, 4, 30, 3), (384, 768, 1536, 3072), 1024), "judge": (1024, 24, 224)}
 SMALL = {
-    "mmdit": {"depth": 10, "width": 64, "heads": 1, "pos_max": 4}, "vae": {"widths": (8, 8, 16, 16), "layers": 1, "groups": 4},
-    "clips": ((64, 1), (64, 1)), "t5": (128, 128, 2, 1), "tokens": (14, 14, 13),
+    "mmdit": {"depth": 10, "width": 64, "heads": 1, "pos_max": 4},
+    "vae": {"widths": (8, 8, 16, 16), "layers": 1, "groups": 4},
+    "clips": ((64, 1), (64, 1)), "t5": (128, 128, 1), "tokens": (14, 14, 13),
     "convnext": ((1, 1, 1, 1), (8, 8, 16, 16), 16), "judge": (64, 1, 32)}
 SHORTER = {  # what is added to each command of stage 1, stage 2: the first time and when it is resumed
     1: ("--iterations 1", "--iterations 2 --resume"),
@@ -110,19 +111,10 @@ def random_pipeline(size):
     """An SD3 with random weights, in half precision."""
     tokenizers = [AutoTokenizer.from_pretrained(TINY / name, model_max_length=length)
                   for name, length in zip(ENCODERS.values(), size["tokens"])]
-    clips = [CLIPTextModelWithProjection._from_config(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
-        num_hidden_layers=depth, num_attention_heads=width // 64, max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id),
-        dtype=torch.float16) for tokenizer, (width, depth) in zip(tokenizers, size["clips"])]
-    t5_width, hidden, heads, depth = size["t5"]
-    t5 = T5EncoderModel._from_config(T5Config(
-        vocab_size=len(tokenizers[2]), d_model=t5_width, d_kv=64, num_heads=heads, d_ff=hidden, num_layers=depth,
-        feed_forward_proj="gated-gelu"), dtype=torch.float16)
+    text = new_text_encoders(tokenizers, size["clips"], size["t5"], torch.float16)
     pooled = sum(width for width, _ in size["clips"])
     with torch.device("meta"):
-        mmdit, vae = MMDiT(**size["mmdit"], context_dim=t5_width, pooled_dim=pooled), VAE(**size["vae"])
-    text = TextEncoders(*clips, t5, tokenizers, context_width=t5_width)
+        mmdit, vae = MMDiT(**size["mmdit"], context_dim=text.context_width, pooled_dim=pooled), VAE(**size["vae"])
     return Pipeline(randomised(mmdit), randomised(vae), text, 3.0, flow.sd3_sigmas(28, 3.0), 7.0)
 
 

@@ -14,7 +14,7 @@ import torch
 import cache
 import flow
 import weights
-from commandline import CommandLine, UserError, count, find_device
+from commandline import DEVICE, CommandLine, UserError, count, find_device
 from pipeline import TINY, load_pipeline
 from prompts import draw_prompts, read_prompts
 from tinyworld import measures, scenes
@@ -25,11 +25,11 @@ def main():
     parser.add_argument("model", nargs="?", default=str(TINY), help="a student of at least 2 steps")
     parser.add_argument("--prompts", help="a file; without it captions of the tiny world")
     parser.add_argument("--count", type=count, default=4, help="blocks of a range whose plain re-use is measured")
-    parser.add_argument("--device", help="without it cuda if there is one, else cpu")
+    parser.add_argument("--device", type=find_device, default=DEVICE, help="where it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/reuse"), help="a folder")
     args = parser.parse_args()
     weights.check_writable(args.out)
-    pipeline = load_pipeline(args.model, find_device(args.device))
+    pipeline = load_pipeline(args.model, args.device)
     if "sigmas" not in pipeline.mmdit.metadata:  # a teacher: look at the nodes of a student of two steps
         pipeline.sigmas, pipeline.guidance = flow.student_sigmas(2, pipeline.shift).to(pipeline.device), 1.0
     if len(pipeline.sigmas) < 3:

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import dmd
 import flow
 import weights
-from commandline import CommandLine, UserError, count, find_device
+from cache import CachedSteps
+from commandline import DEVICE, CommandLine, UserError, count, find_device
 from experiments.explain import noised_sample
 from mmdit import load_mmdit
 from pipeline import TINY, load_pipeline
@@ -32,15 +33,14 @@ def main():
     parser.add_argument("run", help="a run of Stage I, which keeps its fake score")
     parser.add_argument("--teacher", default=str(TINY), help="whom it was distilled from")
     parser.add_argument("--captions", type=count, default=256, help="to take the mean over")
-    parser.add_argument("--device", help="without it cuda if there is one, else cpu")
+    parser.add_argument("--device", type=find_device, default=DEVICE, help="where it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/score"), help="a folder")
     args = parser.parse_args()
-    device = find_device(args.device)
     weights.check_writable(args.out)
     if not (Path(args.run) / "fake").exists():
         raise UserError(f"{args.run}: holds no fake score; name a run of Stage I")
-    teacher, student = load_pipeline(args.teacher, device), load_pipeline(args.run, device)
-    found = compare(teacher, student, load_mmdit(Path(args.run) / "fake", device), args.captions)
+    teacher, student = load_pipeline(args.teacher, args.device), load_pipeline(args.run, args.device)
+    found = compare(teacher, student, load_mmdit(Path(args.run) / "fake", args.device), args.captions)
     rows = [f"| {level:g} | {' | '.join(f'{value:.3g}' for value in row.values())} |"
             for level, row in zip(LEVELS, found)]
     text = "\n".join([f"| σ | {' | '.join(found[0])} |", "|" + "---|" * (1 + len(found[0])), *rows])
@@ -65,7 +65,7 @@ def compare(teacher, student, fake, captions, seed=0):
     x0 = latents[(scenes.LABELS[None] == labels[:, None]).all(2).int().argmax(1)]
     cond, uncond = teacher.text(prompts), teacher.text([""])
     start, noise = torch.randn(2, *x0.shape, generator=generator).to(x0)
-    states, velocities = dmd.rollout(student.mmdit, start, student.sigmas, cond)
+    states, velocities = dmd.rollout(CachedSteps(student.mmdit, student.cache), start, student.sigmas, cond)
 
     def seen(x, level):
         """The true, the teacher's and the guided teacher's velocity."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from commandline import CommandLine, count, find_device, number
+from commandline import DEVICE, CommandLine, count, find_device, number
 from evaluate import evaluations
 from pictures import contact_sheet, write_picture
 from pipeline import TINY, load_pipeline
@@ -26,13 +26,12 @@ def main():
     parser.add_argument("--guidance", type=number(0), default=7.0, help="w, the teacher's")
     parser.add_argument("--rows", type=count, default=8, help="prompts")
     parser.add_argument("--seed", type=commandline.seed, default=0, help="of the prompts and of the noise")
-    parser.add_argument("--device", help="without it cuda if there is one, else cpu")
+    parser.add_argument("--device", type=find_device, default=DEVICE, help="where it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/sheet.png"), help="FILE.png")
     args = parser.parse_args()
-    device = find_device(args.device)
     prompts, labels, _ = scenes.draw_captions(args.rows, torch.Generator().manual_seed(args.seed))
-    students = [load_pipeline(path, device) for path in args.models]
-    pipelines = {f"teacher, w = {args.guidance:g}": load_pipeline(TINY, device).sampled_with(28, args.guidance)}
+    students = [load_pipeline(path, args.device) for path in args.models]
+    pipelines = {f"teacher, w = {args.guidance:g}": load_pipeline(TINY, args.device).sampled_with(28, args.guidance)}
     for path, student in zip(args.models, students):
         pipelines[Path(path).name] = student
         if args.cache:

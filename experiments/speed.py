@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import flow
 import weights
 from cache import CachedSteps, check_blocks, effective_nfe, new_cache
-from commandline import CommandLine, UserError, count, find_device, image_size
+from commandline import DEVICE, CommandLine, UserError, count, find_device, image_size
 from pipeline import DTYPES, TINY, load_pipeline
 
 
@@ -26,13 +26,12 @@ def main():
     parser.add_argument("model", nargs="?", default=str(TINY))
     parser.add_argument("--size", type=image_size, help="H or HxW in pixels; without it the model's own")
     parser.add_argument("--batch", type=count, default=1)
-    parser.add_argument("--cache", type=commandline.blocks, default=(1, 4), metavar="A-B", help="of a model's blocks")
+    parser.add_argument("--cache", type=commandline.blocks, default="1-4", metavar="A-B", help="of a model's blocks")
     parser.add_argument("--rounds", type=count, default=5, help="of which the medians are shown")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="without it fp32 on a CPU, bf16 on a GPU")
-    parser.add_argument("--device", help="without it cuda if there is one, else cpu")
+    parser.add_argument("--device", type=find_device, default=DEVICE, help="where it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="a folder")
     args = parser.parse_args()
-    args.device = find_device(args.device)
     args.dtype = args.dtype or ("fp32" if args.device.type == "cpu" else "bf16")
     weights.check_writable(args.out)
     if not args.cache:

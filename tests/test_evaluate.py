@@ -14,10 +14,11 @@ from scipy import linalg, stats
 from transformers import (AutoTokenizer, BitImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor,
                           Dinov2Config, Dinov2Model)
 
+import dmd
 import evaluate
 import flow
 import train
-from cache import new_cache
+from cache import CachedSteps, new_cache
 from experiments import ablations, explain, reuse, score, speed
 from metrics import frechet_distance, gaussian
 from mmdit import load_mmdit
@@ -157,7 +158,8 @@ def test_an_explained_sample_lacks_two_rows_without_the_fake_score_and_ends_in_t
     student = load_pipeline(two_steps)
     noise, cond = flow.initial_noise(student.latent_shape(), [3]), student.text(["a red circle"])
     student.cache = new_cache((1, 4), 128)
-    steps = explain.clean_estimates(student.mmdit, student.cache, noise, student.sigmas, cond)
+    run = dmd.rollout(CachedSteps(student.mmdit, student.cache), noise, student.sigmas, cond)
+    steps = explain.clean_estimates(*run, student.sigmas)
     assert len(steps) == 2 and torch.allclose(steps[-1], student.sample(noise, cond), atol=1e-5)
 
 
@@ -185,6 +187,15 @@ def test_claims_are_judged_by_scipys_tests_with_holms_correction(monkeypatch):
     assert second[0] == "Fréchet 4.0 vs 10.5" and second[1].startswith("-6.5 (") and second[2:] == [p[1], "holds |"]
     assert third[2:] == [p[2], "the opposite holds |"]
     assert ablations.table(rows)[2].startswith("| A | 3 | 4.000 ± 2.000 | ")
+
+
+def test_the_documents_show_what_the_stored_rows_say():
+    rows = ablations.read_rows(TINY.parent / "experiments")
+    lines = [*ablations.table(rows), *ablations.claims(rows)]
+    readme, experiments = ((TINY.parent / name).read_text().splitlines() for name in ("README.md", "docs/experiments.md"))
+    assert set(lines) <= set(experiments)
+    shown = [line for line in readme if line.startswith(tuple(f"| {claim.text} |" for claim in ablations.CLAIMS))]
+    assert shown and set(shown) <= set(lines)
 
 
 def test_the_guided_teachers_pictures_are_drawn_once_and_again_if_some_are_missing(tmp_path, monkeypatch):

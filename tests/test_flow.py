@@ -32,12 +32,6 @@ def test_teachers_schedule_is_the_published_one_that_shifts_twice():
     assert len(sigmas) == 29
 
 
-@pytest.mark.parametrize("schedule", [flow.student_sigmas, flow.sd3_sigmas])
-def test_a_schedule_without_steps_is_refused(schedule):
-    with pytest.raises(ValueError, match="at least one step, not 0"):
-        schedule(0, 3.0)
-
-
 def test_velocity_leads_along_the_straight_path_and_back_to_the_data():
     x0, noise, (s1, s2) = torch.randn(5, 2, 3, 3), torch.randn(5, 2, 3, 3), torch.rand(2, 5)
     x = flow.add_noise(x0, noise, s1)

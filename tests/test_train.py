@@ -164,13 +164,13 @@ def test_stage_1_moves_all_weights_of_student_and_fake_score_but_not_the_positio
         assert "pos_embed" in still and len(still) <= 3, still  # the last block's text has a bias that nothing reads
 
 
-def test_the_average_weighs_late_steps_more_and_covers_the_last_third():
-    mean, network = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    for step in range(30):
-        torch.nn.init.constant_(network.weight, step)
-        train.move_average(mean, network, step)
-    weights_of_steps = [(step + 1) * (step + 2) for step in range(30)]
-    assert mean.weight.item() == pytest.approx(sum(w * i for i, w in enumerate(weights_of_steps)) / sum(weights_of_steps))
+def test_the_saved_student_is_the_average_in_which_late_steps_weigh_more(two_steps, tmp_path):
+    run_train("--stage", 1, "--iterations", 1, "--out", tmp_path)
+    name = "x_embedder.proj.weight"
+    first, second = (read_state(run)[f"student/{name}"] for run in (tmp_path, two_steps))
+    average = read_state(two_steps)[f"average/{name}"]
+    torch.testing.assert_close(average, (1 * first + 3 * second) / 4)  # shares of 1 and 3/4
+    assert torch.equal(average, load_mmdit(two_steps).state_dict()[name]) and not torch.equal(first, second)
 
 
 def test_the_fake_score_moves_before_the_student_looks_at_it(tmp_path):

@@ -19,13 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 import flow
 import weights
-from commandline import CommandLine, UserError, count, find_device
-from loop import Run, autocast, fast_bf16, optimizer_step, seeded
+from commandline import DEVICE, CommandLine, UserError, count, find_device
+from loop import Run, autocast, fast_bf16, move_average, optimizer_step, seeded
 from mmdit import MMDiT
 from pipeline import TINY, Pipeline, load_pipeline, save_pipeline
 from text import ENCODERS, TextEncoders
@@ -56,11 +55,10 @@ def main():
     add("--batch", type=count, default=64, help="of the teacher, an even number")
     add("--captions", type=count, default=1024, help="to measure the teacher with")
     add("--seed", type=commandline.seed, default=0, help="of all that is random")
-    add("--device", help="without it cuda if there is one, else cpu")
+    add("--device", type=find_device, default=DEVICE, help="where it runs")
     add("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; without it bf16 where it is faster")
     add("--resume", action="store_true", help="continue the run in --out")
     args = parser.parse_args()
-    args.device = find_device(args.device)
     args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
     if args.batch % 2:
         raise UserError(f"--batch {args.batch}: the noise levels of a batch come in pairs; give an even number")
@@ -72,6 +70,7 @@ def main():
 
 def make(args):
     """Train the parts one after the other; what is finished in --out is not made again."""
+    torch.manual_seed(args.seed)  # for initial weights
     if args.start:
         start = load_pipeline(args.start, args.device)
         text, vae, mmdit = start.text, start.vae, start.mmdit
@@ -122,7 +121,8 @@ def train_part(args, name, network, loss, rates, updates=None, fall=None):
     optimizers = {"adamw": torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)}
     if matrices:
         optimizers["muon"] = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-    settings = {"start": args.start, "seed": args.seed, "dtype": args.dtype, "updates": updates, "fall": fall, "batch": args.batch}
+    settings = {"start": args.start, "seed": args.seed, "dtype": args.dtype, "updates": updates, "fall": fall,
+                "batch": args.batch}
     run = Run(args, settings, name, {"network": network, "averaged": averaged}, optimizers, updates)
     for step in run.steps():
         for key, optimizer in optimizers.items():
@@ -132,8 +132,7 @@ def train_part(args, name, network, loss, rates, updates=None, fall=None):
             value = loss(network, seeded(args.seed, step))
         value.backward()
         norm = optimizer_step(optimizers.values(), max_norm=1.0)
-        average = get_ema_multi_avg_fn(min(EMA, (1 + step) / (10 + step)))
-        average(list(averaged.parameters()), list(network.parameters()), step)
+        move_average(averaged, network, max(1 - EMA, 9 / (10 + step)))
         run.end_step(loss=value.detach(), norm=norm)
     weights.write_safetensors(file, {key: t.detach().cpu().clone() for key, t in averaged.state_dict().items()})
     return averaged.requires_grad_(False).eval()
@@ -155,18 +154,19 @@ def encode_world(text, vae):
 
 # ------------------------------------------------------------------------------------------------- new networks
 
-def new_text_encoders():
-    """The tokenizers of the shipped model, and three untrained encoders that fit them."""
-    tokenizers = [AutoTokenizer.from_pretrained(TINY / name) for name in ENCODERS.values()]
-    clips = [CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=CLIP_WIDTH, intermediate_size=4 * CLIP_WIDTH, projection_dim=CLIP_WIDTH,
-        num_hidden_layers=2, num_attention_heads=CLIP_WIDTH // 64, max_position_embeddings=tokenizer.model_max_length,
+def new_text_encoders(tokenizers, clips, t5, dtype=torch.float32):
+    """Untrained encoders that fit three tokenizers. clips: width and depth of each; t5: width, hidden width, depth."""
+    clips = [CLIPTextModelWithProjection._from_config(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+        num_hidden_layers=depth, num_attention_heads=width // 64, max_position_embeddings=tokenizer.model_max_length,
         hidden_act=activation, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id)) for tokenizer, activation in zip(tokenizers, ("quick_gelu", "gelu"))]
-    t5 = T5EncoderModel(T5Config(
-        vocab_size=len(tokenizers[2]), d_model=T5_WIDTH, d_kv=64, num_heads=T5_WIDTH // 64, d_ff=2 * T5_WIDTH,
-        num_layers=2, feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=False))
-    return TextEncoders(*clips, t5, tokenizers, context_width=T5_WIDTH)
+        pad_token_id=tokenizer.pad_token_id), dtype=dtype)
+        for tokenizer, (width, depth), activation in zip(tokenizers, clips, ("quick_gelu", "gelu"))]
+    width, hidden, depth = t5
+    t5 = T5EncoderModel._from_config(T5Config(
+        vocab_size=len(tokenizers[2]), d_model=width, d_kv=64, num_heads=width // 64, d_ff=hidden, num_layers=depth,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0, tie_word_embeddings=False), dtype=dtype)
+    return TextEncoders(*clips, t5, tokenizers, context_width=width)
 
 
 def new_vae():
@@ -235,7 +235,8 @@ class TinyText(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.encoders = new_text_encoders()
+        tokenizers = [AutoTokenizer.from_pretrained(TINY / name) for name in ENCODERS.values()]
+        self.encoders = new_text_encoders(tokenizers, 2 * [(CLIP_WIDTH, 2)], (T5_WIDTH, 2 * T5_WIDTH, 2))
         widths = (CLIP_WIDTH, CLIP_WIDTH, T5_WIDTH, T5_WIDTH)
         self.probes = nn.ModuleList(nn.ModuleList(nn.Linear(width, k + 1) for k in scenes.CHOICES) for width in widths)
 
