@@ -51,7 +51,7 @@ def test_two_processes_train_what_one_trains_and_one_goes_on_from_their_state(tw
     assert ended.stdout.count("student:") == 1 and len(list((out / "state-000002").glob("*.safetensors"))) == 2
     check_alike(two_steps, out)
     trained = tensors(out)[0]
-    assert all(torch.equal(tensor, trained[f"student/{name}"])
+    assert all(torch.equal(tensor, trained[f"average/{name}"])
                for name, tensor in load_pipeline(out).mmdit.state_dict().items())
 
     alone = shutil.copytree(two_steps, tmp_path / "alone")
