@@ -11,6 +11,7 @@ The file reads in the order of a run: settings, Stage I, Stage II, what both sha
 import commandline  # first: it sets how threads wait before torch is loaded
 
 import argparse
+import copy
 import json
 import math
 from dataclasses import replace
@@ -198,13 +199,11 @@ def stage1(args):
         cache = new_cache(args.cache, frozen.pos_embed.shape[2], device=args.device)
         networks["compensator"] = cache.compensator
         rates.append((cache.compensator, args.compensator_lr))
-    of_student = replace(teacher, mmdit=student, sigmas=nodes, guidance=1.0, cache=cache)
-    if args.average:
-        of_student.mmdit, = averaged
-        if args.cache:
-            of_student.cache = new_cache(args.cache, frozen.pos_embed.shape[2], device=args.device)
-            networks["average compensator"] = of_student.cache.compensator
-            averaged.append(of_student.cache.compensator)
+    of_student = replace(teacher, mmdit=averaged[0] if averaged else student, sigmas=nodes, guidance=1.0, cache=cache)
+    if averaged and cache:
+        of_student.cache = copy.deepcopy(cache)
+        networks["average compensator"] = of_student.cache.compensator
+        averaged.append(of_student.cache.compensator)
     student_adamw, fake_adamw = adamw(rates, BETAS[1]), adamw([(fake, rate * args.fake_lr)], BETAS[1])
 
     pipelines = {"student": of_student,
@@ -243,8 +242,8 @@ def stage1(args):
             (loss / len(micro_batches)).backward()
             student_mean += loss.detach() / len(micro_batches)
         student_norm = optimizer_step([student_adamw], args.student_clip)
-        for mean, (network, _) in zip(averaged, rates):
-            move_average(mean, network, 3 / (step + 3))  # step t weighs as t² (power function of Karras et al. 2024)
+        for mean, (network, _) in zip(averaged, rates):  # step t weighs as t² (power function of Karras et al. 2024)
+            move_average(mean, network, 3 / (step + 3))
 
         guided = (student_levels.sigma <= args.alpha).float().mean()
         run.end_step(fake=fake_mean, student=student_mean, fake_norm=fake_norm, norm=student_norm, guided=guided)
@@ -360,7 +359,8 @@ def stage2(args):
             for parameter in trainable(student):  # G does not move yet; released: its gradient counts when clipping
                 parameter.grad = None
         if args.decay:
-            set_rates(generator_adamw, rates, (args.iterations - step) / (args.iterations - turns[0]))
+            for group, (_, rate) in zip(generator_adamw.param_groups, rates, strict=True):
+                group["lr"] = rate * (args.iterations - step) / (args.iterations - turns[0])
         run.end_step(**means, norm=optimizer_step([generator_adamw], args.student_clip))
 
     finish(args, of_student, args.student)
@@ -370,12 +370,6 @@ def stage2(args):
     if measures.is_tiny_world(args.model) and not args.bare:
         with autocast(args):
             measures.write(args.out, pipelines, beside=args.model)
-
-
-def set_rates(optimizer, rates, share):
-    """Set an optimiser's learning rates to `share` times those of `rates`, the (network, rate) pairs it was made with."""
-    for group, (_, rate) in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = share * rate
 
 
 def find_models(args):
@@ -448,7 +442,8 @@ def open_prompts(args):
 def finish(args, student, path, fake=None):
     """Write the student as a model that needs no flags, and Stage I's fake score beside it. All processes call it.
 
-    path: of a model of the student's shape. Nothing samples with the fake score; experiments look at it.
+    path: of a model of the student's shape. Nothing samples with the fake score; experiments look at it. With --average,
+    it followed the student's last weights, not the mean of them that is written.
     """
     mmdit, fake = whole(student.mmdit, path), fake and whole(fake, path)
     if parallel.is_first():

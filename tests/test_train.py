@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from conftest import read_state, run_command, run_train
 from lora import add_lora
 from mmdit import load_mmdit
 from pipeline import TINY, is_finished, load_pipeline
+from prompts import draw_prompts
 
 QUICK = "--bare --dtype fp32 --batch 4".split()
 RUNS = {  # by the name of their fixture; the turns of the last: discriminator, f, discriminator, f and student
@@ -263,6 +265,17 @@ def test_stage_1_goes_on_from_a_run_with_a_cache_whose_f_and_later_steps_learn(t
     assert difference.abs().max() < 1.1e-4  # one update from where the other run ended
     student = load_pipeline(tmp_path)
     assert student.cache.blocks == (1, 4) and student.images(["a circle"], [0]).isfinite().all()
+    assert torch.equal(student.cache.compensator.image.fc2.weight, after["average compensator/image.fc2.weight"])
+
+
+def test_the_prompts_of_a_pool_are_among_those_that_are_encoded_beforehand(tmp_path, monkeypatch):
+    words = [f"prompt {i}" for i in range(100)]
+    (tmp_path / "prompts.txt").write_text("\n".join(words))
+    encoded = set()
+    monkeypatch.setattr(train.EncodedText, "encode", lambda _, prompts: encoded.update(prompts))
+    train.open_prompts(SimpleNamespace(model="an/official-model", prompts=tmp_path / "prompts.txt", text_cache=tmp_path,
+                                       iterations=1, batch=2, pool=50, seed=3, device=torch.device("cpu"), dtype="fp32"))
+    assert set(draw_prompts(words, 50, loop.seeded(3, -1))) <= encoded
 
 
 def test_stage_2_takes_a_student_of_four_steps_and_a_model_as_reference_and_a_convnext(four_steps, two_steps, backbone, tmp_path):
