@@ -173,18 +173,19 @@ def test_speed_counts_evaluations_and_flops(two_steps, tmp_path, capsys):
 
 def test_claims_are_judged_by_scipys_tests_with_holms_correction(monkeypatch):
     assert ablations.holm([0.04, 0.01, 0.03, 0.5]) == pytest.approx([0.09, 0.04, 0.09, 0.5])  # 3 · .03; and no less
-    claim, arms = ablations.Claim, {"A": [2., 4, 6], "B": [1., 2, 3], "C": [8., 9, 12, 13], "D": [1.]}
+    claim, arms = ablations.Claim, {"A": [2., 4, 6], "B": [1., 2, 3], "C": [8., 9, 12, 13], "D": [1., 2]}
+    monkeypatch.setattr(ablations, "RUNS", 3)
     rows = [{"arm": arm, "seed": seed, **dict.fromkeys(ablations.MEASURES, value)}
             for arm, values in arms.items() for seed, value in enumerate(values)]
-    monkeypatch.setattr(ablations, "CLAIMS", [claim("", "", "A", "B", "coverage", True), claim("", "", "A", "C", "Fréchet"),
+    monkeypatch.setattr(ablations, "CLAIMS", [claim("", "", "A", "B", "coverage", True), claim("", "", "A", "C", "median"),
                                               claim("", "", "A", "C", "coverage", True),
                                               claim("", "", "A", "D", "coverage")])
     tests = (stats.ttest_rel(arms["A"], arms["B"]), stats.ttest_ind(arms["A"], arms["C"], equal_var=False),
              stats.ttest_rel(arms["A"], arms["C"][:3]))
-    p = [f"{value:.3f}" for value in ablations.holm([*(test.pvalue for test in tests), 1])]  # D has not run twice
+    p = [f"{value:.3f}" for value in ablations.holm([*(test.pvalue for test in tests), 1])]  # D lacks a run
     first, second, third = (line.split(" | ")[2:] for line in ablations.claims(rows)[2:])
     assert first == ["coverage 4.000 vs 2.000", "2.000 (-0.484 to 4.484)", p[0], "undecided |"]  # t(0.975, 2) = 4.3027
-    assert second[0] == "Fréchet 4.0 vs 10.5" and second[1].startswith("-6.5 (") and second[2:] == [p[1], "holds |"]
+    assert second[0] == "median 4.0000 vs 10.5000" and second[1].startswith("-6.5000 (") and second[2:] == [p[1], "holds |"]
     assert third[2:] == [p[2], "the opposite holds |"]
     assert ablations.table(rows)[2].startswith("| A | 3 | 4.000 ± 2.000 | ")
 

@@ -17,8 +17,8 @@ from metrics import frechet_distance, gaussian
 from tinyworld import scenes
 
 COMPONENTS = 64     # leading principal components of the 4,800 pictures, for the Fréchet distance
-DIGITS = {"evaluations": 2, "adherence": 3, "whole prompt": 3, "coverage": 3, "distance": 4, "median": 4, "90 %": 4, "Fréchet": 1,
-          "to reference": 1}
+DIGITS = {"evaluations": 2, "adherence": 3, "whole prompt": 3, "coverage": 3, "distance": 4, "median": 4, "90 %": 4,
+          "Fréchet": 0, "to reference": 0}
 MEANING = """adherence     share of the named attributes that the image has; whole prompt: share of images that have all
 coverage      how evenly images fill in what the prompt leaves open; 1 is the truth
 distance      from an image to the nearest scene (RMS over pixels, share of the range): mean, median, 90 % of images
