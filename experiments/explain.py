@@ -76,7 +76,7 @@ def explain(student, teacher, fake, prompt, seed):
         guided = torch.tensor(LEVELS)[:, None, None, None] <= alpha
         real = torch.where(guided, rows["teacher, guided"], rows["teacher"])
         rows["direction: gated teacher - fake"] = (CONTRAST * (real - rows["fake score"])).clamp(-1, 1)
-    headings = [f"sigma {level:g}" + (", gate shut" if level > alpha else "") for level in LEVELS]
+    headings = [f"sigma {level:g}" + (", guidance off" if level > alpha else "") for level in LEVELS]
     below = contact_sheet(torch.cat(list(rows.values())), list(rows), headings, width=128)
     both = Image.new("RGB", (max(above.width, below.width), above.height + below.height), "white")
     both.paste(above, (0, 0))
