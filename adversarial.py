@@ -76,14 +76,14 @@ def refine(student, cache, noise, nodes, cond, distil=False):
 # --------------------------------------------------------------------------------------------------------- losses
 
 def generator_loss(logits):
-    """The generator's turn (Sec. 3.3): the discriminator should take its images for real. logits: a tensor a level."""
+    """The generator's turn (Sec. 3.3): the discriminator should take its images for real. logits: one tensor per level."""
     return multilevel_loss(logits, REAL_LABEL)
 
 
 def discriminator_loss(of_real, of_fake):
     """The discriminator's turn (Sec. 3.3): real images should get the label 0.8, the student's 0.
 
-    Logits: a tensor a level.
+    Logits: one tensor per level.
     """
     return multilevel_loss(of_real, REAL_LABEL) + multilevel_loss(of_fake, 0.0)
 
@@ -102,7 +102,7 @@ def multilevel_loss(logits, label):
 def auc(of_real, of_fake):
     """Area under the ROC curve, mean over levels: how often a real image has a larger logit than a student's.
 
-    A discriminator that sees no difference has 0.5. Logits: a tensor a level, whose maps are averaged first.
+    A discriminator that sees no difference has 0.5. Logits: one tensor per level, whose maps are averaged first.
     """
     differences = [real.flatten(1).mean(1)[:, None] - fake.flatten(1).mean(1)           # (B, B): all pairs
                    for real, fake in zip(of_real, of_fake, strict=True)]
@@ -115,7 +115,7 @@ def output_distillation(later_steps):
 
 
 def feature_distillation(later_steps):
-    """MSE(Δ̃1, Δ1) (Fig. 13): of the *prediction* Δ̃1 = f(Δ0). It trains f alone: Δ0 is of the step without gradient.
+    """MSE(Δ̃1, Δ1) (Fig. 13), on the prediction Δ̃1 = f(Δ0). It trains only f, because Δ0 has no gradient.
 
     Summed over the two streams, mean over the steps after the first.
     """
@@ -162,8 +162,8 @@ class Heads(nn.Module):
 class BlurPool(nn.Module):
     """A blur before a stride, against aliasing (Zhang 2019): the outer product of (1, 3, 3, 1) / 8, padded with zeros.
 
-    The stride is that of the convolution behind it, which has no padding of its own. `rim` more zeros on each side take
-    its place: with one, as released, a 3×3 convolution of stride 2 halves an even map exactly.
+    The convolution after it has the stride but no padding; `rim` more zeros on each side replace that padding: with one,
+    as released, a 3×3 convolution of stride 2 halves an even map exactly.
     """
 
     def __init__(self, rim=0):
@@ -178,7 +178,7 @@ class BlurPool(nn.Module):
 
 
 class PyramidDiscriminator(nn.Module):
-    """A small network for each level of a Laplacian pyramid, learned from nothing: images -> logits, one map a level.
+    """A small network for each level of a Laplacian pyramid, trained from scratch: images -> logits, one map a level.
 
     Deviation, for the tiny world: nothing like CLIP exists for its pictures. A frozen network that we trained to detect
     damage did detect it, but its gradient did not help the generator (docs/experiments.md). A level is what a blur
@@ -220,13 +220,11 @@ class ImagePool(nn.Module):
 
     def draw(self, n, generator):
         """n random images of either kind, (n, 3, H, W)."""
-        return (images[torch.randint(len(images), (n,), generator=generator)]
-                for images in (self.real, self.fake))
+        return [images[torch.randint(len(images), (n,), generator=generator)] for images in (self.real, self.fake)]
 
     def add(self, images):
         """Images of the student, (n, 3, H, W)."""
-        self.fake.copy_(self.fake.roll(-len(images), dims=0))
-        self.fake[-len(images):] = images.detach().clamp(-1, 1)
+        self.fake.copy_(torch.cat([self.fake[len(images):], images.detach().clamp(-1, 1)]))
 
 
 class ConvNeXt(nn.Module):

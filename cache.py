@@ -51,14 +51,14 @@ class ResidualMLP(nn.Module):
 
 
 class PlainReuse(nn.Module):
-    """In place of f: Δ0 as it is, without compensation (Fig. 11)."""
+    """Instead of f: returns Δ0 unchanged (Fig. 11)."""
 
     def forward(self, image, text):
         return image, text
 
 
 class Pruned(nn.Module):
-    """In place of f: zero. The blocks are left out, as in a pruned network."""
+    """Instead of f: zero. The blocks are left out, as in a pruned network."""
 
     def forward(self, image, text):
         return torch.zeros_like(image), torch.zeros_like(text)
@@ -157,7 +157,7 @@ def load_cache(folder, model, device="cpu", dtype=torch.float32):
     with weights.open_safetensors(file) as opened:
         header = opened.metadata() or {}
     with weights.library_errors(file, "be read as the compensator of this student"):
-        first, last = map(range(len(model.joint_blocks)).index, json.loads(header["blocks"]))
+        first, last = map(range(len(model.joint_blocks)).index, json.loads(header["blocks"]))  # indices of blocks, or ValueError
         check_blocks((first, last), len(model.joint_blocks), steps=2)
         cache = new_cache((first, last), model.pos_embed.shape[2], header["correction"], device)
     weights.load_plain(cache.compensator, file)
@@ -167,7 +167,7 @@ def load_cache(folder, model, device="cpu", dtype=torch.float32):
 
 def save_cache(cache, folder):
     """Write the compensator. The header of its file says which blocks are cached and what corrects them."""
-    correction, = (name for name, kind in CORRECTIONS.items() if isinstance(cache.compensator, kind))
+    correction = {kind: name for name, kind in CORRECTIONS.items()}[type(cache.compensator)]
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in cache.compensator.state_dict().items()}
     weights.write_safetensors(Path(folder) / "compensator" / "model.safetensors", state,
                               {"blocks": json.dumps(cache.blocks), "correction": correction})

@@ -38,7 +38,7 @@ def run_script(main):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Help that shows each default that says something."""
+    """Help that shows defaults other than None, False and empty."""
 
     def _get_help_string(self, action):
         nothing = action.default is False or action.default in (None, [], ())

@@ -3,7 +3,7 @@
 Three networks of one shape: the teacher T (frozen), the student G, and the fake score F, which follows the distribution
 that the student samples from at present. The student is moved along T - F: away from where its own samples are dense,
 towards where the teacher's are. Each of its n steps owns a window of noise levels, (σ_{k+1}, σ_k], in which T and F are
-compared (as in TDM, Luo et al. 2025); with one step this is plain DMD (Yin et al. 2024).
+compared (as in TDM, Luo et al. 2025); with one step there is one window, as in DMD (Yin et al. 2024).
 
 One iteration, which train.stage1 writes out:
 
@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter1d
+from torch.nn.functional import mse_loss
 
 import flow
 
@@ -54,7 +54,7 @@ def fake_loss(fake, states, velocities, levels, cond):
     x_end = flow.euler_step(x, v, levels.start, levels.end)                             # x_{σ_{k+1}}
     z = flow.renoise(x_end, levels.end, levels.sigma, levels.noise)                     # x_σ
     target = (z - x0) / flow.per_sample(levels.sigma, z)                                # the velocity from x̂0 to x_σ
-    return F.mse_loss(fake(z, levels.sigma, *cond), target)
+    return mse_loss(fake(z, levels.sigma, *cond), target)
 
 
 def student_loss(student, fake, teacher, states, levels, cond, uncond, guidance, alpha, cached=None):
@@ -65,12 +65,12 @@ def student_loss(student, fake, teacher, states, levels, cond, uncond, guidance,
     levels                   Levels, drawn from each window by importance (Sec. 3.3)
     cond, uncond             (context, pooled) of the B prompts, and of one empty prompt
     guidance, alpha          w and α of Eq. (4)
-    cached                   the CachedSteps that `rollout` sampled with: it makes all steps but the first (an addition)
+    cached                   the CachedSteps that `rollout` sampled with: it computes every step after the first (an addition)
     """
     x = of_step(states, levels.k)                                                       # x_{σ_k}
     v = student(x, levels.start, *cond)                                                 # with gradient
     if cached:
-        v = torch.where(flow.per_sample(levels.k, x) == 0, v, cached(x, levels.start, *cond))
+        v = torch.where(levels.k.view(-1, 1, 1, 1) == 0, v, cached(x, levels.start, *cond))
     y = flow.euler_step(x, v, levels.start, levels.end)                                 # x_{σ_{k+1}}
     with torch.no_grad():
         z = flow.renoise(y, levels.end, levels.sigma, levels.noise)                     # x_σ
@@ -96,7 +96,7 @@ def matching_loss(y, real, fake):
     """The distribution-matching loss of samples y, given the real and the fake score's estimates of them.
 
     The target y* = y + real - fake is held constant. The loss is a pseudo-Huber distance, sqrt(d² + h²) - h, with h in
-    proportion to the size of the latent. Its value means little. Its gradient is d / sqrt(d² + h²) with d = fake - real,
+    proportion to the root of the latent's size. Its value means little. Its gradient is d / sqrt(d² + h²) with d = fake - real,
     and because h is tiny, this is practically the *sign* of fake - real, element by element. (DMD's own gradient is
     the difference itself.)
     Each sample is divided by mean |y - real| over all of (C, H, W), so that noisy levels do not outweigh the others.
@@ -120,19 +120,19 @@ def of_step(states, k):
 # ------------------------------------------------------------------------------------ levels: windows and density
 
 class Windows(NamedTuple):
-    """The noise levels of each of the student's n steps. Step k owns grid[start[k]] … grid[stop[k] - 1]."""
+    """The noise levels of each of the student's n steps. Step k owns grid[first[k]] … grid[stop[k] - 1]."""
 
     nodes: torch.Tensor     # (n+1,): σ_0 = 1 … σ_n = 0; step k starts at σ_k
     end: torch.Tensor       # (n,): the level at which step k's sample is compared, and from which it is noised up
     grid: torch.Tensor      # (1001,): the teacher's levels
-    start: torch.Tensor     # (n,), int64: positions in the grid
+    first: torch.Tensor     # (n,), int64: positions in the grid
     stop: torch.Tensor      # (n,), int64
 
 
 def step_windows(n, shift, whole=False):
     """TDM's windows (Sec. 3.2): step k is compared at levels in (σ_{k+1}, σ_k], and ends at σ_{k+1}.
 
-    `whole`: every step goes to σ = 0 at once and is compared at all levels, which is DMD without TDM's windows.
+    `whole`: every step goes to σ = 0 at once and is compared at all levels, which is DMD's choice of levels.
     """
     grid, index = flow.teacher_grid(shift), flow.student_indices(n, shift)
     nodes, start, stop = grid[index], index[:-1], index[1:]
@@ -153,15 +153,15 @@ class Levels(NamedTuple):
 
 def draw_levels(windows, density, shape, generator):
     """Levels for a batch of `shape` (B, C, H, W): k uniform, σ from `density` inside the window of step k (Sec. 3.3)."""
-    k = torch.randint(len(windows.start), shape[:1], generator=generator)
-    index = draw_index(density, windows.start[k], windows.stop[k], torch.rand(shape[0], generator=generator))
+    k = torch.randint(len(windows.first), shape[:1], generator=generator)
+    index = draw_index(density, windows.first[k], windows.stop[k], torch.rand(shape[0], generator=generator))
     return Levels(k, windows.nodes[k], windows.end[k], windows.grid[index], torch.randn(shape, generator=generator))
 
 
 def draw_index(density, start, stop, u):
     """Importance sampling inside a window (Sec. 3.3): `density`, restricted to start ≤ i < stop and renormalised.
 
-    By inverting the distribution function.
+    Inverts the cumulative distribution.
     density (1001,), start and stop int64 (B,), u uniform in [0, 1), (B,) -> int64 (B,).
     """
     cdf = torch.cat([density.new_zeros(1), density.cumsum(0)])                          # (1002,), cdf[i] = p(index < i)
@@ -170,7 +170,7 @@ def draw_index(density, start, stop, u):
     return torch.minimum(torch.maximum(index, start), stop - 1)  # rounding must not leave the window
 
 
-DENSITIES = {  # anchors (index in the teacher grid, density): 0 is pure noise. Fig. 10; the paper uses (c), Fig. 4
+DENSITIES = {  # anchors (index in the teacher grid, density): 0 is pure noise. Fig. 10; (c) is as released: Fig. 4 draws a flatter one
     "a": [(0, 1.0), (250, 0.8), (400, 0.2), (1000, 0.001)],
     "b": [(0, 1.0), (100, 1.0), (250, 1.0), (500, 0.3), (750, 0.05), (1000, 0.001)],
     "c": [(0, 0.6), (300, 1.3), (500, 0.05), (1000, 0.001)],

@@ -104,7 +104,7 @@ def both_velocities(model, x, sigma, cond, uncond):
 
 
 def initial_noise(shape, seeds):
-    """One latent of `shape` (C, H, W) per seed, drawn on the CPU in fp32: one seed gives one image on every device."""
+    """One latent of `shape` (C, H, W) per seed, drawn on the CPU in fp32: a seed is the same noise on every device."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds])
 
 

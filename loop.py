@@ -3,7 +3,7 @@
     run = Run(args, settings, "stage 1", networks, optimizers, …)  restores the saved state, if there is one
     for step in run.steps():
         …                                                         the iteration: losses, backward, optimizer_step
-        run.end_step(loss=loss, norm=norm)                        logs, draws sheets, saves
+        run.end_step({"norm": norm}, loss=loss)                   logs, draws sheets, saves
 """
 
 import json
@@ -38,12 +38,12 @@ def autocast(args):
 
 
 def fast_bf16(device):
-    """Whether bf16 is faster than fp32 there: on GPUs, and on CPUs with instructions for it."""
+    """Whether bf16 is faster than fp32 on a device: on GPUs, and on CPUs with instructions for it."""
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def open_networks(args, path, starts, everywhere=False):
-    """The frozen transformer of `path`, those of `starts` to train, and the modules that hold each one's trained weights.
+    """-> the frozen transformer of `path`, the networks to train, and the module that holds each one's trained weights.
 
     Without --lora, all weights except the stored table of positions are trained, in fp32. With it, all share the frozen
     network, `starts` only gives their number, and each has its own adapters (lora.add_lora).
@@ -64,7 +64,8 @@ def open_networks(args, path, starts, everywhere=False):
 
 
 def frozen_network(args, path):
-    """A transformer that is not trained, in the dtype of the arithmetic. With --lora, every process holds all of it."""
+    """A transformer that is not trained, in the dtype of the arithmetic (a student with adapters is saved with these
+    rounded weights). With --lora, every process holds all of it."""
     dtype = DTYPES[args.dtype]
     if args.lora:
         return load_mmdit(path, args.device, dtype)
@@ -112,7 +113,7 @@ def optimizer_step(optimizers, max_norm):
 
 @torch.no_grad()
 def move_average(mean, network, share):
-    """Move the trained weights of `mean` this share of the way to those of `network`."""
+    """Move the trained weights of `mean`, or the two factors of its adapters, this share of the way to `network`."""
     for average, weight in zip(trainable(mean), trainable(network), strict=True):
         average.lerp_(weight, share)
 
@@ -120,12 +121,12 @@ def move_average(mean, network, share):
 # ------------------------------------------------------------------------------------------------------------ run
 
 def seeded(seed, step):
-    """The generator of all that is random in one step; its prompts are drawn first."""
+    """The generator of all randomness in one step. Draw prompts first: train.open_prompts repeats only that draw."""
     return torch.Generator().manual_seed(1_000_003 * seed + step)
 
 
 class Run:
-    """One training run: all that it changes is saved and restored whole, with the settings that decide how it goes.
+    """One training run: its complete state is saved and restored, with the settings that decide how it goes.
 
     Random numbers need no place in the state: those of step i come from a generator seeded by (seed, i), prompts
     included, so that a resumed run draws what it would have drawn.
@@ -165,7 +166,7 @@ class Run:
             weights.write_text(self.log, "".join(json.dumps(line) + "\n" for line in kept))
 
     def steps(self):
-        """The numbers of the steps that are left, under a progress bar. Ctrl-C waits for the end of one and saves."""
+        """The numbers of the steps that are left, under a progress bar. Ctrl-C finishes the present step and saves."""
         def ask(*_):
             self.stop = True
             signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one stops at once
@@ -176,13 +177,13 @@ class Run:
         yield from self.bar
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def end_step(self, **values):
-        """Log numbers or tensors () under their names; every so often, and at the end, draw a sheet and save."""
-        norms = {name: value for name, value in values.items() if isinstance(value, float)}
+    def end_step(self, norms, **values):
+        """Log norms of gradients (numbers) and other values (tensors ()); every so often, and at the end, draw a sheet and
+        save. A step whose norms are not finite moved nothing."""
         finite = all(map(math.isfinite, norms.values()))  # the same in all processes
         turn = tuple(norms)  # whose turn it was; its failures in a row count
         self.skipped[turn] = 0 if finite else self.skipped.get(turn, 0) + 1
-        for name, value in (values if finite else {"skipped": 1}).items():
+        for name, value in ({**values, **norms} if finite else {"skipped": 1}).items():
             self.values.setdefault(name, []).append(value)
         if self.skipped[turn] == MOST_SKIPPED:
             raise UserError(f"{self.args.out}: {MOST_SKIPPED} updates in a row had gradients that are not finite, the "

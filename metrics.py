@@ -36,7 +36,7 @@ def load_clip(path, device):
     """A CLIP (Radford et al. 2021) of transformers, folder or Hugging Face id -> functions of pictures and of prompts.
 
     Both give unit vectors (B, D). The CLIP score is 100 cos(picture, prompt). Scores of different CLIPs cannot be
-    compared, and the paper does not name its own. PickScore is the same of another CLIP, times its logit scale.
+    compared, and the paper does not name its own. PickScore is this cosine from another CLIP, times its logit scale.
     """
     model, processor = load_network(CLIPModel, AutoProcessor, path, device)
 
@@ -60,7 +60,7 @@ def load_vision_model(path, device):
     The Fréchet distance in DINOv2's features follows human judgement better than in Inception's (Stein et al. 2023).
     """
     model, processor = load_network(AutoModel, AutoImageProcessor, path, device)
-    model = getattr(model, "vision_model", model)  # of a CLIP, the half that sees
+    model = getattr(model, "vision_model", model)  # of a CLIP, its image tower
 
     @torch.no_grad()
     def features(pictures):

@@ -52,7 +52,7 @@ class MMDiT(nn.Module):
         c = self.context_embedder(context.to(dtype)).to(dtype)                          # (B, L, width)
         x = self.x_embedder["proj"](latents.to(dtype)).flatten(2).transpose(1, 2)       # (B, N, width), N = h w
         x = x.to(dtype).contiguous() + self.crop_pos_embed(h, w)                        # (B, N, width)
-        first, last = residual.blocks if residual else (None, None)
+        first, last = residual.blocks if residual is not None else (None, None)
         reuse = residual is not None and residual.streams is not None
         for i, block in enumerate(self.joint_blocks):
             if i == first:

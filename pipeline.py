@@ -47,7 +47,7 @@ class Pipeline:
         return self.mmdit.channels, h, w
 
     def sampled_with(self, steps=None, guidance=None, blocks=None):
-        """The same networks, sampled in another way. None keeps what is; blocks (a, b): re-used plainly; (): all run.
+        """The same networks, sampled in another way. None changes nothing; blocks (a, b): re-used without f; (): all run.
 
         A student takes the nodes of the paper for any number of steps, another model SD3's published schedule.
         """
@@ -105,14 +105,14 @@ def decode(vae, latents):
 def check_finite(tensor, name):
     """The tensor, or UserError if it is not finite: NaN would be drawn black."""
     if not tensor.isfinite().all():
-        raise UserError(f"the {name} are not finite: instead of fp16 take bf16 or fp32, or a lower guidance")
+        raise UserError(f"the {name} are not finite: try bf16 or fp32, or a lower guidance")
     return tensor
 
 
 # ------------------------------------------------------------------------------------------------- load and save
 
 def load_pipeline(path, device="cpu", dtype=torch.float32, mmdit=None, text=None):
-    """All of an SD3, from one file, folder or Hugging Face repository id; but for a part that is given already."""
+    """All of an SD3, from one file, folder or Hugging Face repository id; except parts that are passed in."""
     path = weights.find_model(path)
     mmdit = load_mmdit(path, device, dtype) if mmdit is None else mmdit
     text = load_text_encoders(path, device, dtype) if text is None else text

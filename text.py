@@ -29,8 +29,8 @@ class TextEncoders(nn.Module):
         self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
         self.tokenizers = tokenizers  # three, the last None without T5
         self.context_width = context_width
-        self.clip_length = min(length for clip, tokenizer in zip((clip_l, clip_g), tokenizers) for length in (
-            clip.config.max_position_embeddings, tokenizer.model_max_length))
+        self.clip_length = min(clip_l.config.max_position_embeddings, tokenizers[0].model_max_length,
+                               clip_g.config.max_position_embeddings, tokenizers[1].model_max_length)
         self.t5_length = min(T5_LENGTH, tokenizers[2].model_max_length) if t5 is not None else T5_LENGTH
         self.warned = set()
 
@@ -44,7 +44,7 @@ class TextEncoders(nn.Module):
             t5 = clip.new_zeros(len(clip), self.t5_length, self.context_width)           # (B, 256, D)
         else:
             ids = self.token_ids(self.tokenizers[2], prompts, self.t5_length, "T5")      # (B, 256)
-            t5 = self.t5(ids).last_hidden_state.to(clip.dtype)                           # (B, 256, D); padding counts
+            t5 = self.t5(ids).last_hidden_state.to(clip.dtype)                           # (B, 256, D); padding is not masked
         return torch.cat([clip, t5], dim=1), torch.cat([l_pooled, g_pooled], dim=1)
 
     def encode_clip(self, model, tokenizer, prompts):
@@ -61,7 +61,7 @@ class TextEncoders(nn.Module):
                 self.warned.add(reader)
                 ids = next(ids for ids in whole if len(ids) > length)
                 lost = tokenizer.decode(ids[length - 1:], skip_special_tokens=True)
-                print(f"warning: {reader} reads {length} tokens of a prompt; of this one of {len(ids)} it does not read: "
+                print(f"warning: {reader} reads {length} tokens of a prompt; of this one of {len(ids)} it ignores: "
                       f"\"{one_line(lost, 400)}\" (further prompts that are too long are cut silently)", file=sys.stderr)
             whole = tokenizer(prompts, padding="max_length", truncation=True, max_length=length).input_ids
         return torch.tensor(whole, device=next(self.parameters()).device)

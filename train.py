@@ -43,7 +43,7 @@ def shared_arguments(parser):
     add("--model", help="the teacher: file, folder or Hugging Face id")
     add("--prompts", help="a file of prompts; without it captions of the tiny world")
     add("--text-cache", default="runs/text", metavar="DIR", help="where encoded prompts of official models are kept")
-    add("--at-once", type=from_zero, default=1, help="samples that a device works on at once; gradients accumulate; 0: all")
+    add("--at-once", type=from_zero, default=1, help="samples per pass; gradients accumulate over the batch; 0: all")
     add("--recompute", action=argparse.BooleanOptionalAction, default=True,
         help="run each block again for its backward pass instead of keeping its activations")
     add("--seed", type=commandline.seed, default=0, help="random seed")
@@ -56,14 +56,14 @@ def shared_arguments(parser):
 
 def stage1_arguments(parser):
     add = parser.add_argument
-    add("--steps", type=int, choices=[1, 2, 4, 8], default=2, help="n, of the student")
-    add("--guidance", type=number(0), default=7.0, help="w of Eq. (4), the teacher's")
+    add("--steps", type=int, choices=[1, 2, 4, 8], default=2, help="n, the student's number of steps")
+    add("--guidance", type=number(0), default=7.0, help="w of Eq. (4), the teacher's guidance")
     add("--alpha", type=number(0), default=0.96, help="α of Eq. (4): guidance is on up to this noise level; 1: always")
     add("--density", choices=list(dmd.DENSITIES), default="c", help="how the student's noise levels are drawn (Fig. 10)")
     add("--windows", choices=["step", "whole"], default="step", help="levels at which a step is compared: its own "
         "window (TDM) or all (DMD)")
     add("--iterations", type=count, default=500, help="each updates the fake score, then the student")
-    add("--batch", type=count, default=64, help="samples of an update, over all processes")
+    add("--batch", type=count, default=64, help="samples per update, over all processes")
     add("--student-lr", type=positive, default=5e-6, help="learning rate of G")
     add("--fake-lr", type=positive, default=4e-5, help="learning rate of F")
     add("--student-clip", type=positive, default=2.0, help="largest norm of G's gradient")
@@ -73,7 +73,7 @@ def stage1_arguments(parser):
     add("--start", metavar="DIR", help="a Stage I run whose student and fake score are trained further (an "
         "addition); without it both start as the teacher")
     add("--cache", type=commandline.blocks, default=(), metavar="A-B",
-        help="blocks, from 0, that only the first step runs, with f (an addition: the paper has a cache in Stage II)")
+        help="blocks, from 0, that only the first step runs, corrected by f (an addition: the paper has it in Stage II)")
     add("--compensator-lr", type=positive, default=1e-3, help="learning rate of f")
     add("--lora", type=from_zero, default=0, help="train adapters of this rank, at three times the rates, over one "
         "frozen network that all three share (an addition, to save memory); 0: train all weights")
@@ -86,7 +86,7 @@ def stage2_arguments(parser):
     add("--reference", help="the model that makes the real images; without it this preset's student of twice as many "
         "steps (of Stage II, or else I; released: I), or else the teacher; truth: true scenes of the tiny world")
     add("--backbone", default="laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
-        help="the discriminator's ConvNeXt; none: it is three small networks, learned from nothing")
+        help="the discriminator's ConvNeXt; none: it is three small networks, trained from scratch")
     add("--pool", type=from_zero, default=0, help="images of either kind that the discriminator learns from: drawn once, "
         "the student's replaced as it learns (an addition, to save time); 0: each update draws new ones")
     add("--cache", type=commandline.blocks, default="2-9", metavar="A-B",
@@ -99,16 +99,16 @@ def stage2_arguments(parser):
     add("--feature-weight", type=positive, default=1.0, help="weight of the feature distillation")
     add("--iterations", type=count, default=4000, help="updates in all, of discriminator and generator (4,000 are 1,317 "
         "of the generator)")
-    add("--batch", type=count, default=32, help="samples of an update, over all processes")
+    add("--batch", type=count, default=32, help="samples per update, over all processes")
     add("--student-lr", type=positive, default=1e-5, help="learning rate of G")
     add("--compensator-lr", type=positive, default=1e-3, help="learning rate of f")
     add("--discriminator-lr", type=positive, default=1e-5, help="learning rate of the heads")
     add("--student-clip", type=positive, default=2.0, help="largest norm of the gradients of G and f together")
-    add("--decay", action=argparse.BooleanOptionalAction, default=False, help="let the rates of G and f fall to zero")
+    add("--decay", action=argparse.BooleanOptionalAction, default=False, help="let the rates of G and f fall linearly to zero")
     add("--discriminator-warmup", type=from_zero, default=50, help="updates of the discriminator before the generator's first")
     add("--discriminator-updates", type=from_zero, default=2, help="updates of the discriminator for each of the generator")
-    add("--student-warmup", type=from_zero, default=317, help="turns of the generator in which only f moves (317 "
-        "is its share of the released 1,000 updates)")
+    add("--student-warmup", type=from_zero, default=317, help="turns of the generator that train only f, if there is "
+        "one (317 of them lie in the released 1,000 updates)")
     add("--lora", type=from_zero, default=64, help="rank of the adapters that are trained; 0: all weights")
 
 
@@ -147,7 +147,7 @@ def parse_arguments(words=None):
     args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
     args.out = args.out or run_folder(args.preset, args.stage, args.steps)
     if args.resume and (parallel.read_header(args.out) or {}).get("name") != f"stage {args.stage}":
-        raise UserError(f"--resume: there is no run in {args.out} of stage {args.stage}")
+        raise UserError(f"--resume: {args.out} holds no run of stage {args.stage}")
     weights.check_writable(args.out)
     if any(args.out.iterdir()) and not args.resume:
         raise UserError(f"{args.out} is not empty: continue its run with --resume, or choose another --out")
@@ -180,11 +180,12 @@ def main():
 def stage1(args):
     """Stage I (Fig. 3), structure-focused distribution matching (Sec. 3.2, 3.3): teacher, fake score and student."""
     micro_batches = parallel.micro_batches(args.batch, args.at_once)
-    prompts, text = open_prompts(args)
     if args.start and args.lora:
         raise UserError("--start trains all weights of a run further; leave --lora out")
     starts = [Path(args.start), Path(args.start) / "fake"] if args.start else [args.model] * 2
-    starts += starts[:1] * args.average
+    check_blocks(args.cache, weights.NetworkFiles(starts[0], "transformer").blocks, args.steps)
+    starts += [starts[0]] if args.average else []
+    prompts, text = open_prompts(args)
     frozen, (student, fake, *averaged), learned = open_networks(args, args.model, starts, everywhere=True)
     teacher = load_pipeline(args.model, args.device, mmdit=frozen, text=text)
     windows = dmd.step_windows(args.steps, teacher.shift, whole=args.windows == "whole")
@@ -194,24 +195,24 @@ def stage1(args):
     networks = dict(zip(("student", "fake", "average"), learned))
     rates, cache = [(student, rate * args.student_lr)], None
     if args.cache:
-        check_blocks(args.cache, len(frozen.joint_blocks), args.steps)
-        torch.manual_seed(args.seed)  # for f's initial weights alone
+        torch.manual_seed(args.seed)  # only f's initial weights use this
         cache = new_cache(args.cache, frozen.pos_embed.shape[2], device=args.device)
         networks["compensator"] = cache.compensator
         rates.append((cache.compensator, args.compensator_lr))
     of_student = replace(teacher, mmdit=averaged[0] if averaged else student, sigmas=nodes, guidance=1.0, cache=cache)
+    averages = [(mean, student) for mean in averaged]
     if averaged and cache:
         of_student.cache = copy.deepcopy(cache)
         networks["average compensator"] = of_student.cache.compensator
-        averaged.append(of_student.cache.compensator)
+        averages.append((of_student.cache.compensator, cache.compensator))
     student_adamw, fake_adamw = adamw(rates, BETAS[1]), adamw([(fake, rate * args.fake_lr)], BETAS[1])
 
     pipelines = {"student": of_student,
                  f"teacher, 28 steps, w = {args.guidance:g}": teacher.sampled_with(28, args.guidance),
                  f"teacher, {args.steps} steps": replace(teacher, sigmas=nodes, guidance=args.guidance)}
-    run = Run(args, settings(args), "stage 1", networks,
-              {"student_adamw": student_adamw, "fake_adamw": fake_adamw}, args.iterations,
-              None if args.bare else Sheet(pipelines, sheet_prompts(prompts)))
+    sheet = None if args.bare else Sheet(pipelines, sheet_prompts(prompts))
+    run = Run(args, settings(args), "stage 1", networks, {"student_adamw": student_adamw, "fake_adamw": fake_adamw},
+              args.iterations, sheet)
     shape = args.batch, *teacher.latent_shape()
 
     for step in run.steps():
@@ -242,11 +243,11 @@ def stage1(args):
             (loss / len(micro_batches)).backward()
             student_mean += loss.detach() / len(micro_batches)
         student_norm = optimizer_step([student_adamw], args.student_clip)
-        for mean, (network, _) in zip(averaged, rates):  # step t weighs as t² (power function of Karras et al. 2024)
+        for mean, network in averages:  # the weight of step t grows as t² (power function of Karras et al. 2024)
             move_average(mean, network, 3 / (step + 3))
 
         guided = (student_levels.sigma <= args.alpha).float().mean()
-        run.end_step(fake=fake_mean, student=student_mean, fake_norm=fake_norm, norm=student_norm, guided=guided)
+        run.end_step({"fake_norm": fake_norm, "norm": student_norm}, fake=fake_mean, student=student_mean, guided=guided)
 
     finish(args, of_student, args.model, fake)
     if measures.is_tiny_world(args.model) and not args.bare:
@@ -268,20 +269,23 @@ def stage2(args):
     backbone = discriminator = pool = None
     if "adv" in args.objective and args.backbone != "none":
         backbone = adversarial.load_backbone(args.backbone, args.device)
+        backbone.recompute = args.recompute
     prompts, text = open_prompts(args)
     frozen, (student,), (learned,) = open_networks(args, args.student, [args.student])
-    original = load_pipeline(args.student, args.device, mmdit=frozen, text=text).sampled_with(blocks=())
+    start = load_pipeline(args.student, args.device, mmdit=frozen, text=text)
+    original = start.sampled_with(blocks=())
     reference = load_reference(args, original) if "adv" in args.objective and args.reference != "truth" else None
     nodes, uncond, vae = original.sigmas, text([""]), original.vae
     torch.manual_seed(args.seed)  # for the initial weights alone
     cache = None
     if args.cache:
         cache = new_cache(args.cache, frozen.pos_embed.shape[2], args.correction, args.device)
+        if start.cache and start.cache.blocks == cache.blocks and args.correction == "mlp":  # its f is trained further
+            cache.compensator.load_state_dict(start.cache.compensator.state_dict())
     if "adv" in args.objective:
         discriminator = adversarial.Discriminator(backbone) if backbone else adversarial.PyramidDiscriminator()
         discriminator.to(args.device)
-    for network in filter(None, (vae.decoder, backbone)):
-        network.recompute = args.recompute
+    vae.decoder.recompute = args.recompute
 
     networks, rates = {"student": learned}, [(student, args.student_lr)]
     if cache and trainable(cache.compensator):
@@ -289,40 +293,41 @@ def stage2(args):
         rates.append((cache.compensator, args.compensator_lr))
     generator_adamw = adamw(rates, BETAS[2])
     optimizers = {"generator_adamw": generator_adamw}
-    turns = 0, 0  # without a discriminator, every update is the generator's
+    warmup, ratio = 0, 0  # without a discriminator, every update is the generator's
     if discriminator:
         networks["heads"] = discriminator.heads
         discriminator_adamw = adamw([(discriminator.heads, args.discriminator_lr)], BETAS[2])
         optimizers["discriminator_adamw"] = discriminator_adamw
-        turns = args.discriminator_warmup, args.discriminator_updates
+        warmup, ratio = args.discriminator_warmup, args.discriminator_updates
 
     of_student = replace(original, mmdit=student, cache=cache)
     if discriminator and args.pool:
-        words, seeds = draw_prompts(prompts, args.pool, seeded(args.seed, -1)), range(args.pool)
+        words, seeds = draw_prompts(prompts, args.pool, seeded(args.seed, -1)), range(args.pool)  # step -1
         with autocast(args):
             real = reference.images(words, seeds) if reference else decode(vae, scenes.true_latents(vae, words, seeds))
             pool = networks["pool"] = adversarial.ImagePool(real, of_student.images(words, seeds)).to(args.device)
     pipelines = {"Stage I student": original, "student": of_student}
     if cache:
         pipelines["Stage I, plain re-use"] = original.sampled_with(blocks=args.cache)
-    run = Run(args, settings(args), "stage 2", networks, optimizers, args.iterations,
-              None if args.bare else Sheet({**pipelines, **({"reference": reference} if reference else {})},
-                                           sheet_prompts(prompts)))
+    shown = {**pipelines, "reference": reference} if reference else pipelines
+    sheet = None if args.bare else Sheet(shown, sheet_prompts(prompts))
+    run = Run(args, settings(args), "stage 2", networks, optimizers, args.iterations, sheet)
 
     for step in run.steps():
         generator = seeded(args.seed, step)
         words = draw_prompts(prompts, args.batch, generator)
         noise = torch.randn(args.batch, *original.latent_shape(), generator=generator)
-        turn, means = adversarial.generator_turn(step, *turns), {}
+        turn, means = adversarial.generator_turn(step, warmup, ratio), {}
         if discriminator:
             discriminator.heads.requires_grad_(turn is None).train(turn is None)
         if pool and turn is None:
             pool_real, pool_fake = pool.draw(args.batch, generator)
 
         for rows in micro_batches:
-            x, cond = noise[rows].to(args.device), text([words[row] for row in rows])
+            if turn is not None or not pool:  # a pool has its images already
+                x, cond = noise[rows].to(args.device), text([words[row] for row in rows])
             with autocast(args):
-                if turn is not None:  # the generator's: its image should look real
+                if turn is not None:  # generator: make its image look real
                     latents, later_steps = adversarial.refine(student, cache, x, nodes, cond,
                                                               distil=args.objective != "adv")
                     losses = {}
@@ -335,7 +340,7 @@ def stage2(args):
                         losses["output"] = args.output_weight * adversarial.output_distillation(later_steps)
                     if "feature" in args.objective:
                         losses["feature"] = args.feature_weight * adversarial.feature_distillation(later_steps)
-                else:  # the discriminator's: to tell the student's images from the reference's
+                else:  # discriminator: tell the student's images from the reference's
                     if pool:
                         real, fake = pool_real[rows], pool_fake[rows]
                     else:
@@ -345,7 +350,7 @@ def stage2(args):
                     logits = discriminator(torch.cat([real, fake]))
                     of_real, of_fake = zip(*(level.chunk(2) for level in logits))
                     losses = {"discriminator": adversarial.discriminator_loss(of_real, of_fake)}
-                    discriminator.heads.eval()  # one power iteration of spectral norm an update; released: two a micro-batch
+                    discriminator.heads.eval()  # one power iteration of spectral norm per update; released: two per micro-batch
                     means["AUC"] = means.get("AUC", 0) + adversarial.auc(of_real, of_fake) / len(micro_batches)
             (sum(losses.values()) / len(micro_batches)).backward()
             for name, loss in losses.items():
@@ -353,15 +358,15 @@ def stage2(args):
 
         if turn is None:
             norm = optimizer_step([discriminator_adamw], math.inf)  # as released, not clipped
-            run.end_step(**means, discriminator_norm=norm)
+            run.end_step({"discriminator_norm": norm}, **means)
             continue
         if "compensator" in networks and turn < args.student_warmup:
-            for parameter in trainable(student):  # G does not move yet; released: its gradient counts when clipping
+            for parameter in trainable(student):  # G is frozen for now; released: its gradient still enters the norm
                 parameter.grad = None
         if args.decay:
             for group, (_, rate) in zip(generator_adamw.param_groups, rates, strict=True):
-                group["lr"] = rate * (args.iterations - step) / (args.iterations - turns[0])
-        run.end_step(**means, norm=optimizer_step([generator_adamw], args.student_clip))
+                group["lr"] = rate * (args.iterations - step) / (args.iterations - warmup)
+        run.end_step({"norm": optimizer_step([generator_adamw], args.student_clip)}, **means)
 
     finish(args, of_student, args.student)
     if parallel.is_first():
@@ -419,7 +424,7 @@ def load_reference(args, student):
 # --------------------------------------------------------------------------------------------- what the stages share
 
 def open_prompts(args):
-    """The prompts of a run, and what encodes them. None stands for captions of the tiny world.
+    """-> the prompts of a run, None for captions of the tiny world, and what encodes them.
 
     The tiny world's encoders are small and stay in memory. For other models, all prompts that the run will draw are
     encoded now, and read from the disk from then on.
@@ -443,7 +448,7 @@ def finish(args, student, path, fake=None):
     """Write the student as a model that needs no flags, and Stage I's fake score beside it. All processes call it.
 
     path: of a model of the student's shape. Nothing samples with the fake score; experiments look at it. With --average,
-    it followed the student's last weights, not the mean of them that is written.
+    it followed the student's last weights, not the mean that is written.
     """
     mmdit, fake = whole(student.mmdit, path), fake and whole(fake, path)
     if parallel.is_first():

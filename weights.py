@@ -104,7 +104,7 @@ def library_errors(path, action, kinds=Exception):
 
 # ------------------------------------------------------------------------------------------------- both layouts
 
-TRANSFORMER_NAMES = {  # Stability -> diffusers, `.weight` and `.bias` apart; inside a block below the first gap
+TRANSFORMER_NAMES = {  # Stability -> diffusers, `.weight` and `.bias` apart; after the blank line, names within a block
     "pos_embed": ["pos_embed.pos_embed"],
     "x_embedder.proj": ["pos_embed.proj"],
     "t_embedder.mlp.0": ["time_text_embed.timestep_embedder.linear_1"],
@@ -226,7 +226,7 @@ class NetworkFiles:
         return all(their in self.files for their in self.their_names(name))
 
     def count(self, pattern):
-        """How many of the tensors pattern.format(0), pattern.format(1), … there are, up to the first that is not."""
+        """How many of the tensors pattern.format(0), pattern.format(1), … there are, up to the first missing one."""
         n = 0
         while pattern.format(n) in self:
             n += 1

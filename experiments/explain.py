@@ -4,7 +4,7 @@
 
 Above, the student's clean estimate at each step: with all blocks and, for a Stage II student, with re-used and with
 corrected ones. Below, the sample is noised up to some levels, as in Stage I: what the teacher, the guided teacher and
-the fake score each take it for, and the direction along which the student would be moved.
+the fake score each take it for, and the difference, teacher minus fake score. The loss takes nearly its sign, in latents.
 """
 
 import commandline  # first: it sets how threads wait before torch is loaded
@@ -33,7 +33,7 @@ def main():
     parser.add_argument("model", help="a student; its fake score is shown if it is of Stage I")
     parser.add_argument("--prompt", default="a striped red circle on a gray background")
     parser.add_argument("--seed", type=commandline.seed, default=0, help="of the noise")
-    parser.add_argument("--teacher", default=str(TINY), help="whom it was distilled from")
+    parser.add_argument("--teacher", default=str(TINY), help="the teacher that it was distilled from")
     parser.add_argument("--device", type=find_device, default=DEVICE, help="where it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/explain.png"), help="FILE.png")
     args = parser.parse_args()

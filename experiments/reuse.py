@@ -24,7 +24,7 @@ def main():
     parser = CommandLine(description="The error of re-using each block of a student (Fig. 5a).")
     parser.add_argument("model", nargs="?", default=str(TINY), help="a student of at least 2 steps")
     parser.add_argument("--prompts", help="a file; without it captions of the tiny world")
-    parser.add_argument("--count", type=count, default=4, help="blocks of a range whose plain re-use is measured")
+    parser.add_argument("--length", type=count, default=4, help="blocks of each range whose plain re-use is measured")
     parser.add_argument("--device", type=find_device, default=DEVICE, help="where it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/reuse"), help="a folder")
     args = parser.parse_args()
@@ -33,7 +33,7 @@ def main():
     if "sigmas" not in pipeline.mmdit.metadata:  # a teacher: look at the nodes of a student of two steps
         pipeline.sigmas, pipeline.guidance = flow.student_sigmas(2, pipeline.shift).to(pipeline.device), 1.0
     if len(pipeline.sigmas) < 3:
-        raise UserError(f"{args.model} makes one step; a second one could re-use its blocks")
+        raise UserError(f"{args.model} makes one step; re-use needs two")
     prompts = draw_prompts(read_prompts(args.prompts) if args.prompts else None, 64, torch.Generator().manual_seed(0))
     squares, batch = 0, pipeline.batch()
     for i in range(0, len(prompts), batch):
@@ -47,10 +47,10 @@ def main():
     print("\n".join(lines))
     if not args.prompts and pipeline.latent_shape()[1] * pipeline.vae.factor == scenes.SIZE:
         ranges = {}
-        for first in range(len(errors) - args.count + 1):
-            blocks = first, first + args.count - 1
-            ranges["blocks {}-{}".format(*blocks)] = measures.measure(
-                pipeline.sampled_with(blocks=blocks).images, captions=256, samples=32)
+        for first in range(len(errors) - args.length + 1):
+            last = first + args.length - 1
+            ranges[f"blocks {first}-{last}"] = measures.measure(
+                pipeline.sampled_with(blocks=(first, last)).images, captions=256, samples=32)
         lines += ["", measures.table(ranges)]
         print(lines[-1])
     weights.write_text(args.out / "reuse.md", "\n".join(lines) + "\n")

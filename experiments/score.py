@@ -31,7 +31,7 @@ ERRORS = ("teacher", "guided", "teacher there", "guided there", "fake score")
 def main():
     parser = CommandLine(description="The networks of a Stage I run of the tiny world beside the true score.")
     parser.add_argument("run", help="a run of Stage I, which keeps its fake score")
-    parser.add_argument("--teacher", default=str(TINY), help="whom it was distilled from")
+    parser.add_argument("--teacher", default=str(TINY), help="the teacher that it was distilled from")
     parser.add_argument("--captions", type=count, default=256, help="to take the mean over")
     parser.add_argument("--device", type=find_device, default=DEVICE, help="where it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/score"), help="a folder")

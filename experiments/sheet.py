@@ -25,17 +25,16 @@ def main():
     parser.add_argument("--cache", type=commandline.blocks, metavar="A-B", help="also re-use these blocks plainly")
     parser.add_argument("--guidance", type=number(0), default=7.0, help="w, the teacher's")
     parser.add_argument("--rows", type=count, default=8, help="prompts")
-    parser.add_argument("--seed", type=commandline.seed, default=0, help="of the prompts and of the noise")
+    parser.add_argument("--seed", type=commandline.seed, default=0, help="of the prompts")
     parser.add_argument("--device", type=find_device, default=DEVICE, help="where it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/sheet.png"), help="FILE.png")
     args = parser.parse_args()
     prompts, labels, _ = scenes.draw_captions(args.rows, torch.Generator().manual_seed(args.seed))
-    students = [load_pipeline(path, args.device) for path in args.models]
     pipelines = {f"teacher, w = {args.guidance:g}": load_pipeline(TINY, args.device).sampled_with(28, args.guidance)}
-    for path, student in zip(args.models, students):
-        pipelines[Path(path).name] = student
-        if args.cache:
-            pipelines.setdefault("plain re-use", student.sampled_with(blocks=args.cache))
+    for path in args.models:
+        pipelines[Path(path).name] = student = load_pipeline(path, args.device)
+        if args.cache and path == args.models[0]:
+            pipelines["plain re-use"] = student.sampled_with(blocks=args.cache)
     columns = {"a true scene": scenes.render(labels)}
     for name, pipeline in pipelines.items():
         columns[f"{name}: {evaluations(pipeline):.3g}"] = pipeline.images(prompts, range(args.rows))

@@ -26,8 +26,8 @@ def main():
     parser.add_argument("model", nargs="?", default=str(TINY))
     parser.add_argument("--size", type=image_size, help="H or HxW in pixels; without it the model's own")
     parser.add_argument("--batch", type=count, default=1)
-    parser.add_argument("--cache", type=commandline.blocks, default="1-4", metavar="A-B", help="of a model's blocks")
-    parser.add_argument("--rounds", type=count, default=5, help="of which the medians are shown")
+    parser.add_argument("--cache", type=commandline.blocks, default="1-4", metavar="A-B", help="blocks to cache")
+    parser.add_argument("--rounds", type=count, default=5, help="of timing; their medians are shown")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="without it fp32 on a CPU, bf16 on a GPU")
     parser.add_argument("--device", type=find_device, default=DEVICE, help="where it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"), help="a folder")
@@ -71,7 +71,7 @@ def speed(args):
                 seconds[name].append(clock(run, args.device))
     seconds = {name: statistics.median(times) for name, times in seconds.items()}
     teacher = next(iter(samplers))
-    lines = ["| sampler | evaluations | seconds | of the teacher's | by FLOPs |", "|---|---|---|---|---|"]
+    lines = ["| sampler | evaluations | seconds | time / teacher's | FLOPs / teacher's |", "|---|---|---|---|---|"]
     for name, (steps, guidance, cache_) in samplers.items():
         nfe = effective_nfe(depth, cache_ and cache_.blocks, steps, guidance > 1)
         lines.append(f"| {name} | {nfe:.2f} | {seconds[name]:.3g} | 1/{seconds[teacher] / seconds[name]:.1f} | "

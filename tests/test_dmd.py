@@ -36,15 +36,15 @@ def test_an_unknown_density_is_refused():
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_windows_of_the_steps_share_out_all_levels_above_zero(n):
     windows = dmd.step_windows(n, 3.0)
-    assert torch.cat([torch.arange(a, b) for a, b in zip(windows.start, windows.stop)]).tolist() == list(range(1000))
+    assert torch.cat([torch.arange(a, b) for a, b in zip(windows.first, windows.stop)]).tolist() == list(range(1000))
     assert torch.equal(windows.nodes, flow.student_sigmas(n, 3.0)) and torch.equal(windows.end, windows.nodes[1:])
-    assert torch.equal(windows.grid[windows.start], windows.nodes[:-1])
+    assert torch.equal(windows.grid[windows.first], windows.nodes[:-1])
     assert (windows.grid[windows.stop - 1] > windows.end).all()  # σ lies above the level that is renoised from
 
 
 def test_whole_windows_compare_every_step_at_all_levels_of_its_clean_estimate():
     windows = dmd.step_windows(2, 3.0, whole=True)
-    assert (windows.start.tolist(), windows.stop.tolist(), windows.end.tolist()) == ([0, 0], [1000, 1000], [0, 0])
+    assert (windows.first.tolist(), windows.stop.tolist(), windows.end.tolist()) == ([0, 0], [1000, 1000], [0, 0])
     assert windows.nodes.tolist() == [1, 0.75, 0]
 
 

@@ -44,10 +44,10 @@ def watched(two_steps, tmp_path_factory):
     """A run of Stage II: its folder, and all that it trains after each update."""
     out, after = tmp_path_factory.mktemp("runs") / "refined", []
 
-    def end_step(run, end=loop.Run.end_step, **values):
+    def end_step(run, norms, end=loop.Run.end_step, **values):
         after.append({f"{key}/{name}": tensor.clone() for key, network in run.networks.items()
                       for name, tensor in network.state_dict().items()})
-        end(run, **values)
+        end(run, norms, **values)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Run, "end_step", end_step)
@@ -88,10 +88,10 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_bits_and_the_log_of_on
     whole, words = request.getfixturevalue(which), [*RUNS[which], *["--student", two_steps] * (which == "refined")]
     half = read_log(whole)[-1]["step"] // 2
 
-    def interrupted(run, end=loop.Run.end_step, **values):
+    def interrupted(run, norms, end=loop.Run.end_step, **values):
         if run.step + 1 == half:
             signal.raise_signal(signal.SIGINT)
-        end(run, **values)
+        end(run, norms, **values)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Run, "end_step", interrupted)
@@ -265,7 +265,11 @@ def test_stage_1_goes_on_from_a_run_with_a_cache_whose_f_and_later_steps_learn(t
     assert difference.abs().max() < 1.1e-4  # one update from where the other run ended
     student = load_pipeline(tmp_path)
     assert student.cache.blocks == (1, 4) and student.images(["a circle"], [0]).isfinite().all()
-    assert torch.equal(student.cache.compensator.image.fc2.weight, after["average compensator/image.fc2.weight"])
+    f = student.cache.compensator.image.fc2.weight
+    assert torch.equal(f, after["average compensator/image.fc2.weight"])
+    run_train("--stage", 2, "--student", tmp_path, "--iterations", 1, "--objective", "output", "--compensator-lr", 1e-9,
+              "--out", tmp_path / "refined")
+    assert (load_pipeline(tmp_path / "refined").cache.compensator.image.fc2.weight - f).abs().max() < 1e-6 < f.abs().max()
 
 
 def test_the_prompts_of_a_pool_are_among_those_that_are_encoded_beforehand(tmp_path, monkeypatch):

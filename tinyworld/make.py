@@ -3,7 +3,7 @@
     python -m tinyworld.make --out runs/tiny-sd3                       from nothing
     python -m tinyworld.make --out runs/tiny-sd3 --start tiny-sd3      train the teacher of a tiny SD3 further
 
-The result has the official architecture and the official diffusers folder layout, at 1/200 of the size: three text
+The result has the official architecture and the official diffusers folder layout, at 1/290 of the size: three text
 encoders, an autoencoder, an MMDiT of 12 blocks. Each part is trained by one loss, in the order of `make`, and a run that
 was stopped continues with the same command and --resume. The tokenizers are those of the tiny SD3 that ships: each word
 of the tiny world is one token.
@@ -42,7 +42,7 @@ VAE_WIDTHS, VAE_LAYERS, VAE_GROUPS = (24, 48, 96), 1, 8
 SHIFT = 3.0
 UPDATES = {"text": 400, "vae": 1500, "decoder": 2000}
 EMA = 0.9995             # of the moving average of the weights, which is what is kept
-GUIDANCES = (1, 2, 3, 4, 7)              # tried for the teacher; students are distilled from the last
+GUIDANCES = (1, 2, 3, 4, 7)              # tried for the teacher; students learn from the last
 
 
 def main():
@@ -50,13 +50,13 @@ def main():
     add = parser.add_argument
     add("--out", type=Path, required=True, help="a folder")
     add("--start", help="a tiny SD3 whose text encoders and autoencoder are kept and whose transformer is trained on")
-    add("--updates", type=count, default=24_000, help="of the teacher")
-    add("--fall", type=count, default=12_000, help="its last updates, over which its rates fall to zero")
-    add("--batch", type=count, default=64, help="of the teacher, an even number")
+    add("--updates", type=count, default=24_000, help="updates of the teacher")
+    add("--fall", type=count, default=12_000, help="its last updates, during which its rates fall to zero")
+    add("--batch", type=count, default=64, help="samples per update of the teacher, an even number")
     add("--captions", type=count, default=1024, help="to measure the teacher with")
-    add("--seed", type=commandline.seed, default=0, help="of all that is random")
+    add("--seed", type=commandline.seed, default=0, help="random seed")
     add("--device", type=find_device, default=DEVICE, help="where it runs")
-    add("--dtype", choices=["bf16", "fp32"], help="of the arithmetic; without it bf16 where it is faster")
+    add("--dtype", choices=["bf16", "fp32"], help="precision of the arithmetic; without it bf16 where it is faster")
     add("--resume", action="store_true", help="continue the run in --out")
     args = parser.parse_args()
     args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
@@ -115,9 +115,8 @@ def train_part(args, name, network, loss, rates, updates=None, fall=None):
         return weights.load_plain(network, file).requires_grad_(False).eval()
     averaged, updates = copy.deepcopy(network), updates or UPDATES[name]
     learning = {key: p for key, p in network.named_parameters() if p.requires_grad}
-    matrices = [p for key, p in learning.items() if "muon" in rates and "joint_blocks" in key and p.ndim == 2]
-    held = {id(p) for p in matrices}
-    others = [p for p in learning.values() if id(p) not in held]
+    names = [key for key, p in learning.items() if "muon" in rates and "joint_blocks" in key and p.ndim == 2]
+    matrices, others = [learning[key] for key in names], [p for key, p in learning.items() if key not in names]
     optimizers = {"adamw": torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01, fused=True)}
     if matrices:
         optimizers["muon"] = torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
@@ -133,7 +132,7 @@ def train_part(args, name, network, loss, rates, updates=None, fall=None):
         value.backward()
         norm = optimizer_step(optimizers.values(), max_norm=1.0)
         move_average(averaged, network, max(1 - EMA, 9 / (10 + step)))
-        run.end_step(loss=value.detach(), norm=norm)
+        run.end_step({"norm": norm}, loss=value.detach())
     weights.write_safetensors(file, {key: t.detach().cpu().clone() for key, t in averaged.state_dict().items()})
     return averaged.requires_grad_(False).eval()
 
@@ -185,8 +184,8 @@ def whiten(vae, latents):
 
     Left alone, one direction (how bright a place is) has most of the variance, and edges drown in little noise.
     latents (N, C, h, w), of this autoencoder. The map goes into the encoder's last layer, its inverse into the
-    decoder's first; that one's padding now means something else, which training the decoder mends. The posterior's
-    deviation becomes LATENT_NOISE everywhere: the decoder learns to bear a generator's small faults.
+    decoder's first, whose zero padding changes its meaning: further training corrects this. The posterior's
+    deviation becomes LATENT_NOISE everywhere: the decoder learns to tolerate a generator's small errors.
     """
     mean = latents.mean(dim=(0, 2, 3))                                                  # (C,)
     cells = (latents.movedim(1, -1) - mean).flatten(0, 2)                               # (N h w, C)
@@ -210,7 +209,7 @@ def new_mmdit():
             nn.init.xavier_uniform_(parameter.flatten(1))
         if "adaLN" in name or "final_layer" in name or name.endswith("bias"):
             nn.init.zeros_(parameter)
-    model.pos_embed.data.copy_(sincos_table(POS_MAX, WIDTH, scenes.SIZE // 2 ** len(VAE_WIDTHS)))
+    model.pos_embed.data.copy_(sincos_table(POS_MAX, WIDTH, scenes.SIZE // 8))  # 8 pixels a token
     return model
 
 
@@ -272,7 +271,7 @@ def vae_loss(vae, generator, batch=16, kl_weight=1e-5):
 
 
 def crop_objects(images, labels, generator):
-    """A 32×32 crop of each image that holds its object or most of it, aligned to the latents' grid of 8 pixels."""
+    """A 32×32 crop of each image that holds its object or most of it, aligned to the tokens' grid of 8 pixels."""
     centre = scenes.CENTRES[labels[:, scenes.NAMES.index("position")]]                  # (N, 2), (x, y)
     wanted = centre - 24 + 16 * torch.rand(centre.shape, generator=generator)
     corner = (wanted / 8).round().long().clamp(0, 4) * 8                                # (N, 2), (x, y)
@@ -283,7 +282,7 @@ def teacher_loss(latents, context, pooled, empty, model, generator, batch=64, dr
     """Rectified flow with the exact target: the velocity's mean squared error to that of the posterior mean.
 
     The usual target, ε - x0 of the one scene that was drawn, has the same expectation and much more variance. σ: half
-    logit-normal (Esser et al. 2024), half uniform, both spread evenly over the batch.
+    shifted logit-normal (Esser et al. 2024), half uniform, both spread evenly over the batch.
     """
     index = torch.randint(len(latents), (batch,), generator=generator)
     named, dropped = scenes.draw_named(batch, generator), torch.rand(batch, generator=generator) < drop

@@ -55,7 +55,7 @@ def render(labels):
         rows = shape == i
         distance[rows] = shape_distance(i, x[rows], y[rows])
     distance = distance * radius                                                        # (N, 64, 64), in pixels
-    inside = (0.5 - distance).clamp(0, 1)[:, None]                                      # (N, 1, 64, 64), of the pixel
+    inside = (0.5 - distance).clamp(0, 1)[:, None]                                      # (N, 1, 64, 64), share of the pixel
     dark = texture_patterns(pixels[None, :], pixels[:, None])[texture][:, None]         # (N, 1, 64, 64)
 
     colour, background = COLOURS[colour][:, :, None, None], BACKGROUNDS[background][:, :, None, None]
