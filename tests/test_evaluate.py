@@ -127,7 +127,7 @@ def test_a_models_samples_are_compared_with_anothers_in_a_vision_models_features
 def test_reuse_writes_an_error_for_every_block_and_the_cost_of_every_range(two_steps, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reuse, "draw_prompts", lambda *_, honest=reuse.draw_prompts: honest(*_)[:2])
     monkeypatch.setattr(measures, "measure", lambda draw, **_: {"distance": draw.__self__.cache.blocks[0] / 10})
-    assert run_command(reuse.main, two_steps, "--count", 5, "--out", tmp_path, capsys=capsys)[0] == 0
+    assert run_command(reuse.main, two_steps, "--length", 5, "--out", tmp_path, capsys=capsys)[0] == 0
     text = (tmp_path / "reuse.md").read_text()
     assert "from σ = 1 to 0.75" in text and "| blocks 0-4 | 0.0000 |" in text and "| blocks 7-11 | 0.7000 |" in text
     assert sum(line.count("|") == 4 for line in text.splitlines()) == 2 + 12
