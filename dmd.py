@@ -65,7 +65,7 @@ def student_loss(student, fake, teacher, states, levels, cond, uncond, guidance,
     levels                   Levels, drawn from each window by importance (Sec. 3.3)
     cond, uncond             (context, pooled) of the B prompts, and of one empty prompt
     guidance, alpha          w and α of Eq. (4)
-    cached                   the CachedSteps that `rollout` sampled with: it computes every step after the first (an addition)
+    cached                   the CachedSteps of `rollout`: it computes every step after the first (an addition)
     """
     x = of_step(states, levels.k)                                                       # x_{σ_k}
     v = student(x, levels.start, *cond)                                                 # with gradient
@@ -96,9 +96,9 @@ def matching_loss(y, real, fake):
     """The distribution-matching loss of samples y, given the real and the fake score's estimates of them.
 
     The target y* = y + real - fake is held constant. The loss is a pseudo-Huber distance, sqrt(d² + h²) - h, with h in
-    proportion to the root of the latent's size. Its value means little. Its gradient is d / sqrt(d² + h²) with d = fake - real,
-    and because h is tiny, this is practically the *sign* of fake - real, element by element. (DMD's own gradient is
-    the difference itself.)
+    proportion to the root of the latent's size. Its value means little. Its gradient is d / sqrt(d² + h²) with d = fake
+    - real, and because h is tiny, this is practically the *sign* of fake - real, element by element. (DMD's own gradient
+    is the difference itself.)
     Each sample is divided by mean |y - real| over all of (C, H, W), so that noisy levels do not outweigh the others.
     Deviation: the released code averages over two of the three axes, a leftover of token-shaped latents.
     y, real, fake (B, C, H, W) -> ()
@@ -170,7 +170,8 @@ def draw_index(density, start, stop, u):
     return torch.minimum(torch.maximum(index, start), stop - 1)  # rounding must not leave the window
 
 
-DENSITIES = {  # anchors (index in the teacher grid, density): 0 is pure noise. Fig. 10; (c) is as released: Fig. 4 draws a flatter one
+# Fig. 10: anchors (index in the teacher grid, density); 0 is pure noise. (c) is as released; Fig. 4 draws a flatter one.
+DENSITIES = {
     "a": [(0, 1.0), (250, 0.8), (400, 0.2), (1000, 0.001)],
     "b": [(0, 1.0), (100, 1.0), (250, 1.0), (500, 0.3), (750, 0.05), (1000, 0.001)],
     "c": [(0, 0.6), (300, 1.3), (500, 0.05), (1000, 0.001)],

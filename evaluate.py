@@ -46,7 +46,8 @@ def main():
     add("--reference", metavar="DIR|MODEL", help="a model whose samples for the same prompts are compared with, as in "
         "the paper, or a folder of pictures: adds the Fréchet distance")
     add("--clip", default="openai/clip-vit-large-patch14", metavar="NAME", help="computes the CLIP score, with --prompts")
-    add("--vision-model", default="facebook/dinov2-large", metavar="NAME", help="gives the features of the Fréchet distance, with --prompts")
+    add("--vision-model", default="facebook/dinov2-large", metavar="NAME",
+        help="gives the features of the Fréchet distance, with --prompts")
     add("--inception", metavar="FILE", help="a TorchScript Inception, for FID in place of the vision model's distance")
     add("--dtype", choices=["bf16", "fp32"], help="precision of the arithmetic; without it bf16 on GPUs")
     add("--device", type=commandline.find_device, default=commandline.DEVICE, help="where it runs")

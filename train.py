@@ -350,7 +350,7 @@ def stage2(args):
                     logits = discriminator(torch.cat([real, fake]))
                     of_real, of_fake = zip(*(level.chunk(2) for level in logits))
                     losses = {"discriminator": adversarial.discriminator_loss(of_real, of_fake)}
-                    discriminator.heads.eval()  # one power iteration of spectral norm per update; released: two per micro-batch
+                    discriminator.heads.eval()  # one power iteration of spectral norm an update; released: two a pass
                     means["AUC"] = means.get("AUC", 0) + adversarial.auc(of_real, of_fake) / len(micro_batches)
             (sum(losses.values()) / len(micro_batches)).backward()
             for name, loss in losses.items():

@@ -80,8 +80,8 @@ def speed(args):
         f"{torch.get_num_threads()} CPU threads"
     height, width = (vae.factor * side for side in shape[1:])
     return [*lines, "", f"{args.model}, {depth} blocks, {height}×{width}, batch {args.batch}; without text "
-            f"and VAE, which takes {seconds['VAE']:.3g} s. FLOPs on a CPU leave attention out. {machine}, {args.dtype}, torch {torch.__version__}, Python "
-            f"{platform.python_version()}."]
+            f"and VAE, which takes {seconds['VAE']:.3g} s. FLOPs on a CPU leave attention out. {machine}, {args.dtype}, torch "
+            f"{torch.__version__}, Python {platform.python_version()}."]
 
 
 def clock(run, device):
