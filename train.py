@@ -405,6 +405,8 @@ def find_models(args):
         raise UserError("--objective and --correction need a --cache: without one there is nothing to distil or correct")
     if "feature" in args.objective and args.correction != "mlp":
         raise UserError(f"--objective {args.objective} trains f, and --correction {args.correction} has none")
+    if args.cache == (0, source.blocks - 1) and args.lora and args.correction != "mlp":
+        raise UserError("with all blocks cached and no f there is nothing to train: the adapters lie in the blocks")
 
 
 def load_reference(args, student):

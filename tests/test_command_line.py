@@ -79,6 +79,7 @@ def fails(two_steps, tmp_path, monkeypatch, capsys):
     ("--stage 2 --student {student} --cache none --objective output", "need a --cache"),
     ("--stage 2 --student {student} --cache none --correction prune", "need a --cache"),
     ("--stage 2 --student {student} --correction none --objective feature", "has none"),
+    ("--stage 2 --student {student} --correction none --cache 0-11 --lora 4", "there is nothing to train"),
     ("--stage 2 --student {student} --backbone nowhere", "nowhere: no such file or folder"),
     ("--stage 2 --student {student} --backbone {tiny}", "holds no open_clip_model.safetensors"),
     ("--stage 2 --student {student} --reference truth --model {tiny}/transformer", "truth is for the tiny world"),
