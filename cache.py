@@ -157,7 +157,7 @@ def load_cache(folder, model, device="cpu", dtype=torch.float32):
     with weights.open_safetensors(file) as opened:
         header = opened.metadata() or {}
     with weights.library_errors(file, "be read as the compensator of this student"):
-        first, last = map(range(len(model.joint_blocks)).index, json.loads(header["blocks"]))  # or ValueError
+        first, last = map(range(len(model.joint_blocks)).index, json.loads(header["blocks"]))  # both are blocks
         check_blocks((first, last), len(model.joint_blocks), steps=2)
         cache = new_cache((first, last), model.pos_embed.shape[2], header["correction"], device)
     weights.load_plain(cache.compensator, file)

@@ -96,9 +96,9 @@ def matching_loss(y, real, fake):
     """The distribution-matching loss of samples y, given the real and the fake score's estimates of them.
 
     The target y* = y + real - fake is held constant. The loss is a pseudo-Huber distance, sqrt(d² + h²) - h, with h in
-    proportion to the root of the latent's size. Its value means little. Its gradient is d / sqrt(d² + h²) with d = fake
-    - real, and because h is tiny, this is practically the *sign* of fake - real, element by element. (DMD's own gradient
-    is the difference itself.)
+    proportion to the root of the latent's size. Its value means little. With d = fake - real, its gradient is
+    d / sqrt(d² + h²), and because h is tiny, this is practically the *sign* of d, element by element. (DMD's own gradient
+    is d itself.)
     Each sample is divided by mean |y - real| over all of (C, H, W), so that noisy levels do not outweigh the others.
     Deviation: the released code averages over two of the three axes, a leftover of token-shaped latents.
     y, real, fake (B, C, H, W) -> ()
@@ -135,10 +135,10 @@ def step_windows(n, shift, whole=False):
     `whole`: every step goes to σ = 0 at once and is compared at all levels, which is DMD's choice of levels.
     """
     grid, index = flow.teacher_grid(shift), flow.student_indices(n, shift)
-    nodes, start, stop = grid[index], index[:-1], index[1:]
+    nodes, first, stop = grid[index], index[:-1], index[1:]
     if whole:
-        return Windows(nodes, torch.zeros(n), grid, torch.zeros_like(start), torch.full_like(stop, flow.GRID_STEPS))
-    return Windows(nodes, nodes[1:], grid, start, stop)
+        return Windows(nodes, torch.zeros(n), grid, torch.zeros_like(first), torch.full_like(stop, flow.GRID_STEPS))
+    return Windows(nodes, nodes[1:], grid, first, stop)
 
 
 class Levels(NamedTuple):

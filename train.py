@@ -302,7 +302,7 @@ def stage2(args):
 
     of_student = replace(original, mmdit=student, cache=cache)
     if discriminator and args.pool:
-        words, seeds = draw_prompts(prompts, args.pool, seeded(args.seed, -1)), range(args.pool)  # step -1
+        words, seeds = draw_prompts(prompts, args.pool, seeded(args.seed, -1)), range(args.pool)  # before step 0
         with autocast(args):
             real = reference.images(words, seeds) if reference else decode(vae, scenes.true_latents(vae, words, seeds))
             pool = networks["pool"] = adversarial.ImagePool(real, of_student.images(words, seeds)).to(args.device)
