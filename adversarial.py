@@ -46,7 +46,7 @@ class LaterStep(NamedTuple):
     full_residual: tuple            # Δ1
 
 
-def refine(student, cache, noise, nodes, cond, distil=False):
+def refine(student, cache, noise, nodes, cond, distil=False, first_step=False):
     """The student's sample as it draws it (Sec. 3.3), with gradient through every step but the first.
 
     The first step runs all blocks and fills the cache; the steps after it use it (cache.CachedSteps). With two steps
@@ -57,12 +57,13 @@ def refine(student, cache, noise, nodes, cond, distil=False):
     distil                also run every later step with all blocks, from the same state and without gradient, to learn
                           from (Fig. 13). The paper does not say whose step that is; in the released code, as here, it
                           is the current student's own.
+    first_step            the gradient runs through the first step, too. Not in the paper.
     -> x_0 (B, C, H, W), and a LaterStep for each step after the first (an empty list without `distil`).
     """
     x, model, later_steps = noise, CachedSteps(student, cache), []
     for k, (sigma, sigma_next) in enumerate(zip(nodes[:-1], nodes[1:])):
         level = sigma.expand(len(x))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and k > 0):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (k > 0 or first_step)):
             velocity = model(x, level, *cond)
         if distil and k > 0:
             full = Residual(cache.blocks)

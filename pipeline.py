@@ -34,6 +34,7 @@ class Pipeline:
     sigmas: torch.Tensor        # (n+1,): the noise levels of its n steps
     guidance: float             # w; 1 is none
     cache: Cache | None = None
+    redraws: "Pipeline | None" = None   # Stage II's --redraw: whose images this one draws again
 
     @property
     def device(self):
@@ -65,8 +66,11 @@ class Pipeline:
 
     def sample(self, noise, cond, uncond=None, progress=False):
         """Latents (B, C, h, w) from noise of that shape; uncond, of one prompt, is read if there is guidance."""
-        network = CachedSteps(self.mmdit, self.cache)
-        return flow.sample(network, noise, self.sigmas, cond, uncond, self.guidance, progress)
+        x, sigmas, network = noise, self.sigmas, CachedSteps(self.mmdit, self.cache)
+        if self.redraws:  # take the other's image back to the level in the middle of the steps (SDEdit, Meng et al. 2022)
+            sigmas = sigmas[len(sigmas) // 2:]
+            x = flow.add_noise(self.redraws.sample(noise, cond), noise, sigmas[0].expand(len(noise)))
+        return flow.sample(network, x, sigmas, cond, uncond, self.guidance, progress)
 
     @torch.no_grad()
     def latents(self, prompts, seeds, size=None, progress=False):

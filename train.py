@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import adversarial
 import dmd
@@ -85,6 +86,10 @@ def stage2_arguments(parser):
     add("--student", help="the student to start from; without it this preset's Stage I run of 2 (or --steps) steps")
     add("--reference", help="the model that makes the real images; without it this preset's student of twice as many "
         "steps (of Stage II, or else I; released: I), or else the teacher; truth: true scenes of the tiny world")
+    add("--first-step", action=argparse.BooleanOptionalAction, default=False,
+        help="let the gradient run through the first step, too (an addition)")
+    add("--redraw", type=number(0), metavar="WEIGHT", help="the reference draws the student's Stage I images again, from "
+        "the middle of its steps, and G also learns from them directly, with this weight (an addition)")
     add("--backbone", default="laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
         help="the discriminator's ConvNeXt; none: it is three small networks, trained from scratch")
     add("--pool", type=from_zero, default=0, help="images of either kind that the discriminator learns from: drawn once, "
@@ -328,12 +333,16 @@ def stage2(args):
                 x, cond = noise[rows].to(args.device), text([words[row] for row in rows])
             with autocast(args):
                 if turn is not None:  # generator: make its image look real
-                    latents, later_steps = adversarial.refine(student, cache, x, nodes, cond,
-                                                              distil=args.objective != "adv")
+                    latents, later_steps = adversarial.refine(student, cache, x, nodes, cond, args.objective != "adv",
+                                                              args.first_step)
                     losses = {}
                     if discriminator:
                         image = vae.decode(latents)
                         losses["adversarial"] = adversarial.generator_loss(discriminator(image))
+                        if args.redraw:
+                            with torch.no_grad():
+                                real = reference.sample(x, cond, uncond)
+                            losses["redraw"] = args.redraw * F.l1_loss(latents.float(), real.float())
                         if pool:
                             pool.add(image)
                     if "output" in args.objective:
@@ -393,6 +402,8 @@ def find_models(args):
     args.steps = steps
     if args.reference == "truth" and not measures.is_tiny_world(args.model):
         raise UserError("--reference truth is for the tiny world, where the truth is known; name a model")
+    if args.redraw is not None and (args.reference == "truth" or "adv" not in args.objective):
+        raise UserError("--redraw needs a model as --reference, and an --objective with a discriminator")
     if args.reference == "truth" and not args.pool:
         raise UserError("--reference truth needs a --pool of images")
     if args.pool and (parallel.processes() > 1 or args.pool < args.batch):
@@ -412,12 +423,12 @@ def find_models(args):
 def load_reference(args, student):
     """The generator of the real images, with the student's autoencoder and text: a few-step student, or the teacher."""
     mmdit = frozen_network(args, args.reference)
-    reference = replace(load_pipeline(args.reference, args.device, mmdit=mmdit, text=student.text), vae=student.vae)
+    reference = replace(load_pipeline(args.reference, args.device, mmdit=mmdit, text=student.text), vae=student.vae,
+                        redraws=None if args.redraw is None else student)
     if reference.latent_shape() != student.latent_shape():
         raise UserError(f"{args.reference}: its latents are not those of {args.student}")
     if parallel.is_first():
-        passes = (len(reference.sigmas) - 1) * (2 if reference.guidance != 1 else 1)
-        print(f"reference: {args.reference}, {passes} network passes for each real image")
+        print(f"reference: {args.reference}, {len(reference.sigmas) - 1} steps, w = {reference.guidance:g}")
     return reference
 
 

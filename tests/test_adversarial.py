@@ -1,6 +1,7 @@
 """Stage II: turns, gradients, losses and the discriminator of Sec. 3.3, against numbers worked out another way."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_f_and_the_shared_blocks_learn_from_all_steps_but_the_first_and_cached_b
         {name for name in found if any(name.startswith(f"0.joint_blocks.{i}.") for i in cached)}
 
 
+def test_with_first_step_the_gradient_is_that_of_the_whole_sampling():
+    (student, used, noise, cond), nodes = student_and_cache((1, 3)), flow.student_sigmas(2, 3.0)
+    model = cache.CachedSteps(student, used)
+    state = flow.euler_step(noise, model(noise, nodes[0].expand(2), *cond), *nodes[:2])
+    by_hand = flow.euler_step(state, model(state, nodes[1].expand(2), *cond), *nodes[1:])
+    expected = gradients(by_hand.square().mean(), student, used.compensator)
+    x, _ = adversarial.refine(student, used, noise, nodes, cond, first_step=True)
+    found = gradients(x.square().mean(), student, used.compensator)
+    assert all(torch.allclose(found[name], gradient, atol=1e-6) for name, gradient in expected.items())
+    assert found["0.joint_blocks.2.x_block.attn.proj.weight"].any()  # of a cached block
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_gradient_is_that_of_the_second_step_alone_with_or_without_recomputation(recompute):
     student, used, noise, cond = student_and_cache((1, 3))
@@ -82,6 +95,19 @@ def test_the_gradient_is_that_of_the_second_step_alone_with_or_without_recomputa
     assert len(runs) == 2 + recompute  # the first step is not run again
     for name, gradient in expected.items():
         assert gradient is None and found[name] is None or torch.allclose(found[name], gradient, atol=1e-6), name
+
+
+@torch.no_grad()
+def test_a_redrawn_image_is_the_students_noised_to_the_middle_of_the_references_steps():
+    teacher = pipeline.load_pipeline(pipeline.TINY)
+    student, reference = teacher.sampled_with(2, 1.0), teacher.sampled_with(4, 3.0)
+    noise, cond, uncond = torch.randn(2, *teacher.latent_shape()), teacher.text(["a circle", "a cross"]), teacher.text([""])
+    _, _, middle, late, end = reference.sigmas
+    x = (1 - middle) * student.sample(noise, cond) + middle * noise
+    by_hand = flow.sample(teacher.mmdit, x, torch.stack([middle, late, end]), cond, uncond, 3.0)
+    found = replace(reference, redraws=student).sample(noise, cond, uncond)
+    torch.testing.assert_close(found, by_hand)
+    assert not torch.allclose(found, reference.sample(noise, cond, uncond), atol=0.1)
 
 
 # ------------------------------------------------------------------------------------------------- distillation

@@ -84,6 +84,7 @@ def fails(two_steps, tmp_path, monkeypatch, capsys):
     ("--stage 2 --student {student} --backbone {tiny}", "holds no open_clip_model.safetensors"),
     ("--stage 2 --student {student} --reference truth --model {tiny}/transformer", "truth is for the tiny world"),
     ("--stage 2 --student {student} --reference truth --pool 0", "truth needs a --pool"),
+    ("--stage 2 --student {student} --reference truth --redraw 1", "--redraw needs a model"),
     ("--stage 2 --student {student} --pool 8", "holds at least a --batch"),
 ])
 def test_train_refuses_what_makes_no_sense_in_one_line(words, what, fails):

@@ -284,8 +284,9 @@ def test_the_prompts_of_a_pool_are_among_those_that_are_encoded_beforehand(tmp_p
 
 def test_stage_2_takes_a_student_of_four_steps_and_a_model_as_reference_and_a_convnext(four_steps, two_steps, backbone, tmp_path):
     run_train("--stage", 2, "--iterations", 2, "--discriminator-warmup", 1, "--student-warmup", 0, "--student",
-              four_steps, "--reference", two_steps, "--cache", "8-11", "--lora", 2, "--pool", 0,
-              "--backbone", backbone, "--out", tmp_path)
+              four_steps, "--reference", two_steps, "--cache", "8-11", "--lora", 2, "--pool", 0, "--redraw", 3,
+              "--first-step", "--backbone", backbone, "--out", tmp_path)
+    assert 0 < read_log(tmp_path)[0]["redraw"] < 3
     student = load_pipeline(tmp_path)
     assert student.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0]) and student.cache.blocks == (8, 11)
     assert student.images(["a circle"], [0]).isfinite().all()
