@@ -22,7 +22,7 @@ from mmdit import load_mmdit
 from pictures import contact_sheet, write_picture
 from pipeline import DTYPES
 
-LOG_EVERY, SHEET_EVERY, SAVE_SECONDS = 10, 100, 60
+LOG_EVERY, SHEET_EVERY, SAVE_SECONDS, SHEET_SEEDS = 10, 100, 60, (1, 2)
 MOST_SKIPPED = 5    # updates in a row whose gradient is not finite, before the run stops
 
 
@@ -227,15 +227,15 @@ class Run:
 class Sheet:
     """Contact sheets of the same prompts and seeds each time: one row per prompt, two images of each pipeline."""
 
-    def __init__(self, pipelines, prompts, seeds=(1, 2)):
+    def __init__(self, pipelines, prompts):
         """pipelines: {name: pipeline.Pipeline}; all but the "student" never change and are drawn once."""
-        self.pipelines, self.prompts, self.seeds, self.drawn = pipelines, prompts, seeds, {}
+        self.pipelines, self.prompts, self.drawn = pipelines, prompts, {}
 
     def __call__(self):
-        prompts, seeds = zip(*((prompt, seed) for prompt in self.prompts for seed in self.seeds))
+        prompts, seeds = zip(*((prompt, seed) for prompt in self.prompts for seed in SHEET_SEEDS))
         for name, pipeline in self.pipelines.items():
             if name == "student" or name not in self.drawn:
-                self.drawn[name] = pipeline.images(prompts, seeds).unflatten(0, (len(self.prompts), len(self.seeds)))
+                self.drawn[name] = pipeline.images(prompts, seeds).unflatten(0, (len(self.prompts), len(SHEET_SEEDS)))
         images = torch.cat(list(self.drawn.values()), dim=1)                            # (rows, columns, 3, H, W)
-        headings = [name if j == 0 else "" for name in self.drawn for j in range(len(self.seeds))]
+        headings = [name if j == 0 else "" for name in self.drawn for j in range(len(SHEET_SEEDS))]
         return contact_sheet(images.flatten(0, 1), self.prompts, headings, width=128)

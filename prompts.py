@@ -75,9 +75,9 @@ def draw_prompts(prompts, n, generator):
     return [prompts[i] for i in torch.randint(len(prompts), (n,), generator=generator)]
 
 
-def sheet_prompts(prompts, rows=8):
+def sheet_prompts(prompts):
     """The prompts of a run's contact sheets, the same at every time and in every run."""
-    return draw_prompts(prompts, rows, torch.Generator().manual_seed(7))
+    return draw_prompts(prompts, 8, torch.Generator().manual_seed(7))
 
 
 # ------------------------------------------------------------------------------------------- encoded beforehand

@@ -141,7 +141,7 @@ def measure(out, arm, train, evaluate, seed):
 def trained(out, train, seed):
     """The folder of a training run, made now if it is not there. Stage II starts from the Stage I run of its seed, and
     its real images come from the 4-step run of that seed."""
-    folder = out / "runs" / f"{train.replace('--', '').replace(' ', '-')}-seed{seed}"
+    folder = out / "runs" / f"{train.replace('--', '').replace(' ', '-').replace('/', '-')}-seed{seed}"
     if not is_finished(folder):
         words = train.split()
         if train.startswith(STAGE2):

@@ -227,7 +227,8 @@ def test_an_arm_is_trained_from_the_runs_of_its_seed_and_what_has_a_row_is_not_r
     assert len({call.out for call in calls}) == len(calls) == 2 * len({words for words in arms.values() if words})
     for call in [call for call in calls if call.stage == 2]:
         assert call.student == str(tmp_path / "runs" / f"stage-1-seed{call.seed}")
-        assert call.reference == str(tmp_path / "runs" / f"stage-1-steps-4-seed{call.seed}")
+        of_seed = str(tmp_path / "runs" / f"stage-1-steps-4-seed{call.seed}")
+        assert call.reference == ("runs/stage1-4steps" if call.redraw else of_seed)
     assert [Path(call.start).name for call in calls if call.stage == 1 and call.cache] == ["stage-1-seed100", "stage-1-seed101"]
     assert all({claim.better, claim.worse} <= arms.keys() for claim in ablations.CLAIMS + ablations.SECOND)
     monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("run again"))
