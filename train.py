@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import adversarial
 import dmd
@@ -86,10 +85,9 @@ def stage2_arguments(parser):
     add("--student", help="the student to start from; without it this preset's Stage I run of 2 (or --steps) steps")
     add("--reference", help="the model that makes the real images; without it this preset's student of twice as many "
         "steps (of Stage II, or else I; released: I), or else the teacher; truth: true scenes of the tiny world")
-    add("--first-step", action=argparse.BooleanOptionalAction, default=False,
-        help="let the gradient run through the first step, too (an addition)")
-    add("--redraw", type=number(0), metavar="WEIGHT", help="the reference draws the student's Stage I images again, from "
-        "the middle of its steps, and G also learns from them directly, with this weight (an addition)")
+    add("--first-step", action="store_true", help="let the gradient run through the first step, too (an addition)")
+    add("--redraw", type=number(0), metavar="WEIGHT", help="real images: the reference draws the student's Stage I images "
+        "again, from the middle of its steps on; WEIGHT is that of G's L1 distance to them, 0: none (an addition)")
     add("--backbone", default="laion/CLIP-convnext_xxlarge-laion2B-s34B-b82K-augreg-soup",
         help="the discriminator's ConvNeXt; none: it is three small networks, trained from scratch")
     add("--pool", type=from_zero, default=0, help="images of either kind that the discriminator learns from: drawn once, "
@@ -339,10 +337,10 @@ def stage2(args):
                     if discriminator:
                         image = vae.decode(latents)
                         losses["adversarial"] = adversarial.generator_loss(discriminator(image))
-                        if args.redraw:
+                        if args.redraw:  # not in the paper: L1 to the real image of the same noise and prompt
                             with torch.no_grad():
                                 real = reference.sample(x, cond, uncond)
-                            losses["redraw"] = args.redraw * F.l1_loss(latents.float(), real.float())
+                            losses["redraw"] = args.redraw * (latents - real).abs().mean()
                         if pool:
                             pool.add(image)
                     if "output" in args.objective:
