@@ -425,6 +425,8 @@ def load_reference(args, student):
                         redraws=None if args.redraw is None else student)
     if reference.latent_shape() != student.latent_shape():
         raise UserError(f"{args.reference}: its latents are not those of {args.student}")
+    if reference.redraws and len(reference.sigmas) < 3:
+        raise UserError(f"{args.reference}: makes one step, and --redraw draws again from the middle of several")
     if parallel.is_first():
         print(f"reference: {args.reference}, {len(reference.sigmas) - 1} steps, w = {reference.guidance:g}")
     return reference

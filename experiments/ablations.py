@@ -1,7 +1,7 @@
 """The paper's ablations and claims, run again in the tiny world, where the truth is known.
 
-    python -m experiments.ablations                        all arms, five training runs of each
-    python -m experiments.ablations --only gate --seeds 1
+    python -m experiments.ablations                        all arms of all plans, five training runs of each
+    python -m experiments.ablations --plan 1 --only "no gate" --seeds 1
     python -m experiments.ablations --seeds 0 --out experiments      the tables of the rows that are kept here
 
 Each training run and each measurement is the command that one would type. Its row goes to --out/results.csv; what has a
@@ -31,24 +31,10 @@ from tinyworld import measures
 
 OURS, OURS4 = "--stage 1", "--stage 1 --steps 4"
 TDM, TDM4 = (f"{ours} --alpha 1 --density uniform" for ours in (OURS, OURS4))
-STAGE2, BLOCKS = "--stage 2", "--cache 1-4"
-# TDM: no gate, and uniform levels; DMD: no windows of levels either. In Stage II without an f, G moves in its first
-# 20 turns as well, so it has 200 turns and not 180.
-ARMS = {  # ablation: {arm: (flags of train.py, flags of evaluate.py)}
-    "gate": {"ours, 2": (OURS, ""), "no gate": (f"{OURS} --alpha 1", "")},
-    "density": {"no importance sampling": (f"{OURS} --density uniform", ""), "TDM, 2": (TDM, "")},
-    "four": {"ours, 4": (OURS4, ""), "TDM, 4": (TDM4, "")},
-    "methods": {"DMD, 2": (f"{TDM} --windows whole", ""), "ours, 1": (f"{OURS} --steps 1", "")},
-    "reuse": {"plain re-use": (OURS, BLOCKS)},
-    "cache": {"ours, 1.67": (STAGE2, ""), "without f": (f"{STAGE2} --correction none", ""),
-              "pruned": (f"{STAGE2} --correction prune", ""),
-              "Stage I with the cache": (f"{OURS} {BLOCKS} --student-lr 2e-4", "")},
-    # The second plan: Stage I again, on another CPU. One 4-step student, the README's, is the reference of all runs.
-    "redrawn": {"ours, 2, again": (OURS, ""), "plain re-use, again": (OURS, BLOCKS), "redrawn": (
-        f"{STAGE2} --redraw 10 --first-step --student-lr 5e-5 --reference runs/stage1-4steps", "")},
-    "more": {"α = 0.5": (f"{OURS} --alpha 0.5", ""), "Stage II, no cache": (f"{STAGE2} --cache none", ""),
-             "distilled": (f"{STAGE2} --objective output+feature", "")},
-}
+BLOCKS = "--cache 1-4"
+STAGE2, CACHED = (OURS, "--stage 2"), (OURS, f"{OURS} {BLOCKS} --student-lr 2e-4")
+REDRAWN = "--stage 2 --redraw 10 --first-step --student-lr 5e-5"
+RUNS = 5    # of each arm
 
 
 class Claim(NamedTuple):
@@ -62,11 +48,24 @@ class Claim(NamedTuple):
     paired: bool = False
 
 
-# The plan of 2026-11-29, before its first run: five runs of each arm, these claims and no others. Arms that no claim
-# names are exploratory: they are shown and get no verdict. Smaller seeds were looked at while presets were chosen.
-# The paper's numbers are of SD3-Medium: FID to the guided teacher's samples, diversity as LPIPS between samples.
-FIRST_SEED, RUNS = 100, 5
-CLAIMS = [
+class Plan(NamedTuple):
+    """What was fixed before the first run of it that a claim looks at."""
+
+    first_seed: int     # smaller ones were looked at before
+    arms: dict          # {arm: (commands of train.py, each trains the run of the one before further; flags of evaluate.py)}
+    claims: list
+
+
+# TDM: no gate, and uniform levels; DMD: no windows of levels either. In Stage II without an f, G moves in its first
+# 20 turns as well, so it has 200 turns and not 180. The paper's numbers are of SD3-Medium: FID to the guided teacher's
+# samples, diversity as LPIPS between samples.
+FIRST = Plan(100, {
+    "ours, 2": ((OURS,), ""), "no gate": ((f"{OURS} --alpha 1",), ""),
+    "no importance sampling": ((f"{OURS} --density uniform",), ""), "TDM, 2": ((TDM,), ""),
+    "ours, 4": ((OURS4,), ""), "TDM, 4": ((TDM4,), ""), "DMD, 2": ((f"{TDM} --windows whole",), ""),
+    "ours, 1": ((f"{OURS} --steps 1",), ""), "plain re-use": ((OURS,), BLOCKS), "ours, 1.67": (STAGE2, ""),
+    "without f": ((OURS, "--stage 2 --correction none"), ""), "pruned": ((OURS, "--stage 2 --correction prune"), ""),
+    "Stage I with the cache": (CACHED, "")}, [
     Claim("the gate keeps diversity", "Fig. 2, 3", "ours, 2", "no gate", "coverage"),
     Claim("the gate brings samples closer to the truth", "", "ours, 2", "no gate", "Fréchet"),
     Claim("importance sampling brings samples closer to the truth", "Fig. 10", "ours, 2", "no importance sampling",
@@ -84,15 +83,16 @@ CLAIMS = [
     Claim("a cache is better than leaving its blocks out", "", "ours, 1.67", "pruned", "median", True),
     Claim("1.67 evaluations are better than one step", "", "ours, 1.67", "ours, 1", "median"),
     Claim("Stage I's loss with the cache wins detail back", "ours", "Stage I with the cache", "plain re-use",
-          "median", True),
-]
-# A second plan of the same day, before the first run of its Stage II: our additions to Stage II, chosen on seed 0.
-SECOND = [
-    Claim("redrawn Stage II wins detail back", "ours", "redrawn", "plain re-use, again", "median", True),
-    Claim("redrawn Stage II wins prompts back", "ours", "redrawn", "plain re-use, again", "whole prompt", True),
-    Claim("redrawn Stage II keeps diversity", "ours", "redrawn", "plain re-use, again", "coverage", True),
-    Claim("redrawn 1.67 evaluations have the detail of 2", "ours", "redrawn", "ours, 2, again", "median", True),
-]
+          "median", True)])
+# Our additions to Stage II, chosen on seed 0. Stage I again, on another CPU; one 4-step student is all runs' reference.
+SECOND = Plan(100, {
+    "ours, 2": ((OURS,), ""), "plain re-use": ((OURS,), BLOCKS),
+    "redrawn": ((OURS, f"{REDRAWN} --reference runs/stage1-4steps"), "")}, [
+    Claim("redrawn Stage II wins detail back", "ours", "redrawn", "plain re-use", "median", True),
+    Claim("redrawn Stage II wins prompts back", "ours", "redrawn", "plain re-use", "whole prompt", True),
+    Claim("redrawn Stage II keeps diversity", "ours", "redrawn", "plain re-use", "coverage", True),
+    Claim("redrawn 1.67 evaluations have the detail of 2", "ours", "redrawn", "ours, 2", "median", True)])
+PLANS = {1: FIRST, 2: SECOND}
 HIGHER = ("adherence", "whole prompt", "coverage")  # is better; of the other measures lower
 MEASURES = ("adherence", "whole prompt", "coverage", "distance", "median", "90 %", "Fréchet", "to reference")
 SHOWN = ("whole prompt", "coverage", "median", "Fréchet", "to reference")
@@ -100,34 +100,38 @@ SHOWN = ("whole prompt", "coverage", "median", "Fréchet", "to reference")
 
 def main():
     parser = CommandLine(description="Run the paper's ablations in the tiny world.")
-    parser.add_argument("--only", action="append", choices=ARMS, help="may be given several times; default: all")
-    parser.add_argument("--seeds", type=from_zero, default=RUNS,
-                        help=f"training runs of each arm, from seed {FIRST_SEED} on; 0: only print the tables")
+    arms = [arm for plan in PLANS.values() for arm in plan.arms]
+    parser.add_argument("--plan", action="append", type=int, choices=PLANS, help="may be given several times; default: all")
+    parser.add_argument("--only", action="append", choices=arms, metavar="ARM", help="likewise; default: all of a plan")
+    parser.add_argument("--seeds", type=from_zero, default=RUNS, help="training runs of each arm; 0: only print the tables")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="a folder")
     args = parser.parse_args()
     args.out = args.out.resolve()
     weights.check_writable(args.out)
-    for seed in range(FIRST_SEED, FIRST_SEED + args.seeds):
-        for name in args.only or ARMS:
-            for arm, (train, evaluate) in ARMS[name].items():
-                if not any(row["arm"] == arm and int(row["seed"]) == seed for row in read_rows(args.out)):
-                    measure(args.out, arm, train, evaluate, seed)
-    rows = read_rows(args.out)
-    print(*table(rows), "", *claims(rows, CLAIMS), "", *claims(rows, SECOND), sep="\n")
+    for number in args.plan or PLANS:
+        plan = PLANS[number]
+        for seed in range(plan.first_seed, plan.first_seed + args.seeds):
+            for arm in plan.arms:
+                if arm in (args.only or arms) and seed not in values(read_rows(args.out, number), arm, "median"):
+                    measure(args.out, number, arm, seed)
+    for number in args.plan or PLANS:
+        rows = read_rows(args.out, number)
+        print(*table(rows), "", *claims(rows, PLANS[number].claims), "", sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- runs
 
-def measure(out, arm, train, evaluate, seed):
+def measure(out, plan, arm, seed):
     """Train an arm, if need be, measure it, and add its row to results.csv."""
-    start, quality = time.monotonic(), out / "quality" / f"{arm}-{seed}"
+    train, evaluate = PLANS[plan].arms[arm]
+    start, quality = time.monotonic(), out / "quality" / f"{plan}-{arm}-{seed}"
     run("evaluate.py", "quality", trained(out, train, seed), *evaluate.split(), "--reference", guided_teacher(out),
         "--out", quality)
     found, = json.loads((quality / "quality.json").read_text()).values()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    row = {"arm": arm, "seed": seed, **{name: round(found[name], 5) for name in MEASURES}, "train": train,
-           "evaluate": evaluate, "commit": commit, "machine": machine, "date": time.strftime("%Y-%m-%d"),
+    row = {"plan": plan, "arm": arm, "seed": seed, **{name: round(found[name], 5) for name in MEASURES},
+           "train": "; ".join(train), "evaluate": evaluate, "commit": commit, "machine": machine, "date": time.strftime("%Y-%m-%d"),
            "minutes": round((time.monotonic() - start) / 60, 1)}
     file = out / "results.csv"
     new = not file.exists()
@@ -138,17 +142,17 @@ def measure(out, arm, train, evaluate, seed):
         writer.writerow(row)
 
 
-def trained(out, train, seed):
-    """The folder of a training run, made now if it is not there. Stage II starts from the Stage I run of its seed, and
-    its real images come from the 4-step run of that seed."""
-    folder = out / "runs" / f"{train.replace('--', '').replace(' ', '-').replace('/', '-')}-seed{seed}"
+def trained(out, commands, seed):
+    """The folder of a training run, made now if it is not there. Each command but the first trains the run of those before
+    it further. Stage II's real images come from the 4-step run of its seed."""
+    name = "-".join(commands).replace("--", "").replace(" ", "-").replace("/", "-")
+    folder, (*before, last) = out / "runs" / f"{name}-seed{seed}", commands
     if not is_finished(folder):
-        words = train.split()
-        if train.startswith(STAGE2):
-            words += ["--student", trained(out, OURS, seed)]
-            words += [] if "--reference" in words else ["--reference", trained(out, OURS4, seed)]
-        elif "--cache" in words:
-            words += ["--start", trained(out, OURS, seed)]
+        words = last.split()
+        if before:
+            words += ["--student" if "--stage 2" in last else "--start", trained(out, before, seed)]
+        if "--stage 2" in last and "--reference" not in words:
+            words += ["--reference", trained(out, [OURS4], seed)]
         if folder.exists() and not (folder / "state.json").exists():
             shutil.rmtree(folder)  # it ended before its first state
         run("train.py", *words, "--bare", "--seed", seed, "--out", folder, *(["--resume"] if folder.exists() else []))
@@ -177,12 +181,13 @@ def run(*words):
 
 # ------------------------------------------------------------------------------------------------------------ tables
 
-def read_rows(out):
+def read_rows(out, plan):
+    """The rows of a plan."""
     file = out / "results.csv"
     if not file.exists():
         return []
     with open(file, newline="") as opened:
-        return list(csv.DictReader(opened))
+        return [row for row in csv.DictReader(opened) if row["plan"] == str(plan)]
 
 
 def values(rows, arm, measure):

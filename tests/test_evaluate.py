@@ -190,12 +190,14 @@ def test_claims_are_judged_by_scipys_tests_with_holms_correction(monkeypatch):
 
 
 def test_the_documents_show_what_the_stored_rows_say():
-    rows = ablations.read_rows(TINY.parent / "experiments")
-    plans = ablations.CLAIMS, ablations.SECOND
-    lines = [*ablations.table(rows), *(line for plan in plans for line in ablations.claims(rows, plan))]
+    lines = []
+    for number, plan in ablations.PLANS.items():
+        rows = ablations.read_rows(TINY.parent / "experiments", number)
+        lines += ablations.table(rows) + ablations.claims(rows, plan.claims)
     readme, experiments = ((TINY.parent / name).read_text().splitlines() for name in ("README.md", "docs/experiments.md"))
     assert set(lines) <= set(experiments)
-    shown = [line for line in readme if line.startswith(tuple(f"| {claim.text} |" for plan in plans for claim in plan))]
+    claims = [claim.text for plan in ablations.PLANS.values() for claim in plan.claims]
+    shown = [line for line in readme if line.startswith(tuple(f"| {claim} |" for claim in claims))]
     assert shown and set(shown) <= set(lines)
 
 
@@ -224,14 +226,17 @@ def test_an_arm_is_trained_from_the_runs_of_its_seed_and_what_has_a_row_is_not_r
     monkeypatch.setattr(ablations, "run", run)
     monkeypatch.setattr(ablations, "guided_teacher", lambda out: out / "teacher")
     assert run_command(ablations.main, "--seeds", 2, "--out", tmp_path, capsys=capsys)[0] == 0
-    arms = {arm: words for group in ablations.ARMS.values() for arm, (words, _) in group.items()}
-    assert len({call.out for call in calls}) == len(calls) == 2 * len({words for words in arms.values() if words})
-    for call in [call for call in calls if call.stage == 2]:
-        assert call.student == str(tmp_path / "runs" / f"stage-1-seed{call.seed}")
+    runs = {(plan.first_seed, words[:i + 1]) for plan in ablations.PLANS.values() for words, _ in plan.arms.values()
+            for i in range(len(words))}
+    assert len({call.out for call in calls}) == len(calls) >= 2 * len(runs)  # and 4-step runs that are only references
+    for call in calls:
+        before = Path((call.student if call.stage == 2 else call.start) or "").name
+        assert before == "" if call.stage == 1 and not call.cache else before.startswith("stage-1-")
+        assert not before or before.endswith(f"-seed{call.seed}") and call.out.name.startswith(before.split("-seed")[0])
         of_seed = str(tmp_path / "runs" / f"stage-1-steps-4-seed{call.seed}")
-        assert call.reference == ("runs/stage1-4steps" if call.redraw else of_seed)
-    assert [Path(call.start).name for call in calls if call.stage == 1 and call.cache] == ["stage-1-seed100", "stage-1-seed101"]
-    assert all({claim.better, claim.worse} <= arms.keys() for claim in ablations.CLAIMS + ablations.SECOND)
+        assert call.stage == 1 or call.reference in (of_seed, "runs/stage1-4steps")
+    for plan in ablations.PLANS.values():
+        assert all({claim.better, claim.worse} <= plan.arms.keys() for claim in plan.claims)
     monkeypatch.setattr(ablations, "run", lambda *_: pytest.fail("run again"))
     status, out, _ = run_command(ablations.main, "--seeds", 2, "--out", tmp_path, capsys=capsys)
-    assert status == 0 and out.count("| 2 | 0.500 ± 0.000 |") == len([words for words in arms.values() if words])
+    assert status == 0 and out.count("| 2 | 0.500 ± 0.000 |") == sum(len(plan.arms) for plan in ablations.PLANS.values())
