@@ -92,7 +92,18 @@ SECOND = Plan(100, {
     Claim("redrawn Stage II wins prompts back", "ours", "redrawn", "plain re-use", "whole prompt", True),
     Claim("redrawn Stage II keeps diversity", "ours", "redrawn", "plain re-use", "coverage", True),
     Claim("redrawn 1.67 evaluations have the detail of 2", "ours", "redrawn", "ours, 2", "median", True)])
-PLANS = {1: FIRST, 2: SECOND}
+# Both additions one after the other, on fresh seeds. The 4-step student is again the same one for all runs.
+WITH, BOTH = "Stage I with the cache", "… then redrawn"
+THIRD = Plan(200, {
+    "ours, 2": ((OURS,), ""), "plain re-use": ((OURS,), BLOCKS), WITH: (CACHED, ""),
+    BOTH: ((*CACHED, f"{REDRAWN} --reference runs/stage1-4steps"), "")}, [
+    Claim("Stage I's loss with the cache wins prompts back", "ours", WITH, "plain re-use", "whole prompt", True),
+    Claim("Stage I's loss with the cache wins diversity", "ours", WITH, "plain re-use", "coverage", True),
+    Claim("redrawn Stage II after it wins more detail", "ours", BOTH, WITH, "median", True),
+    Claim("both together win prompts back", "ours", BOTH, "plain re-use", "whole prompt", True),
+    Claim("both together have the detail of 2 evaluations", "ours", BOTH, "ours, 2", "median", True),
+    Claim("both together have the prompts of 2 evaluations", "ours", BOTH, "ours, 2", "whole prompt", True)])
+PLANS = {1: FIRST, 2: SECOND, 3: THIRD}
 HIGHER = ("adherence", "whole prompt", "coverage")  # is better; of the other measures lower
 MEASURES = ("adherence", "whole prompt", "coverage", "distance", "median", "90 %", "Fréchet", "to reference")
 SHOWN = ("whole prompt", "coverage", "median", "Fréchet", "to reference")
