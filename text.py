@@ -171,8 +171,7 @@ def t5_settings(source):
         vocab_size=vocabulary, d_model=width, num_heads=heads, feed_forward_proj="gated-gelu",
         d_kv=source.shape(attention + "q.weight", dimensions=2)[0] // heads, num_layers=source.blocks,
         d_ff=source.shape("encoder.block.0.layer.1.DenseReluDense.wi_0.weight", dimensions=2)[0],
-        relative_attention_num_buckets=buckets,
-        relative_attention_max_distance=int(source.number("relative_attention_max_distance", 128)))
+        relative_attention_num_buckets=buckets)
 
 
 TOKENIZERS = "stabilityai/stable-diffusion-3-medium-diffusers"  # for single files, which have none

@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import weights
-from commandline import UserError
 
 
 class VAE(nn.Module):
@@ -172,19 +171,16 @@ def group_norm(groups, width):
 def load_vae(path, device="cpu", dtype=torch.float32):
     """The autoencoder of a Stability file, a diffusers folder, its `vae/`, or a Hugging Face repository id.
 
-    Sizes are read off the tensors; the number of groups, scale and shift off `config.json` or the header of a single
-    file, where they say. Raises UserError as mmdit.load_mmdit does.
+    Sizes are read off the tensors; the number of groups, scale and shift off `config.json`, if there is one. Raises
+    UserError as mmdit.load_mmdit does.
     """
     source = weights.NetworkFiles(path, "vae")
     widths = [source.shape(f"encoder.down.{i}.block.0.conv2.weight", dimensions=4)[0] for i in range(source.blocks)]
-    groups = source.number("norm_num_groups", 32)
-    scale, shift = source.number("scaling_factor", 1.5305), source.number("shift_factor", 0.0609)
-    if groups < 1 or groups % 1 or any(width % groups for width in widths) or scale == 0:
-        raise UserError(f"{source.path}: {groups:g} groups of {widths} channels or a scale of {scale:g} make no sense")
-    layers = source.count("encoder.down.0.block.{}.conv1.weight")
-    channels = source.shape("decoder.conv_in.weight", dimensions=4)[1]
     with torch.device("meta"):
-        model = VAE(widths, layers, channels, int(groups), scale, shift)
+        model = VAE(widths, layers=source.count("encoder.down.0.block.{}.conv1.weight"),
+                    channels=source.shape("decoder.conv_in.weight", dimensions=4)[1],
+                    groups=source.config.get("norm_num_groups", 32),
+                    scale=source.config.get("scaling_factor", 1.5305), shift=source.config.get("shift_factor", 0.0609))
     return weights.load_tensors(model, source, device, dtype).requires_grad_(False).eval()
 
 

@@ -187,8 +187,8 @@ PREFIXES = {"transformer": "model.diffusion_model.", "vae": "first_stage_model."
 class NetworkFiles:
     """The tensors of one network on disk, asked for by our (Stability's) names, whichever layout the files have.
 
-    `config` is what is said beside them, in config.json or in a file's header (there as `clip_l.…` and the like).
-    `blocks` is how many transformer blocks, levels or stages they have.
+    `config` is what config.json says beside them, and `metadata` the headers of the files. `blocks` is how many
+    transformer blocks, levels or stages they have.
     """
 
     def __init__(self, path, component):
@@ -199,11 +199,8 @@ class NetworkFiles:
                 self.metadata.update(file.metadata() or {})
                 self.files.update(dict.fromkeys(file.keys(), shard))
                 self.shapes.update({name: file.get_slice(name).get_shape() for name in file.keys()})
-        config = self.path / "config.json"
-        own = {name.removeprefix(f"{component}."): value for name, value in self.metadata.items()
-               if name.startswith(f"{component}.")}
-        self.config = read_json(config) if self.path.is_dir() and config.exists() else {**self.metadata, **own}
-
+        config = self.path / "config.json"  # none beside a single file: its path is not a folder
+        self.config = read_json(config) if config.exists() else {}
         self.prefix = PREFIXES[component] if PREFIXES[component] + FIRST_NAME[component] in self.files else ""
         found = (re.search(BLOCK, name) for name in self.own_names())
         self.blocks = max((int(number[1]) + 1 for number in found if number), default=0)
@@ -245,17 +242,12 @@ class NetworkFiles:
             raise UserError(f"{self.path}: tensor {their} has shape {parts[0]}, not {dimensions} sizes above 0")
         return [len(parts) * n for n in parts[0][:1]] + parts[0][1:]
 
-    def number(self, name, default):
-        """A setting that is a number."""
-        with library_errors(self.path, f"be read: its setting {name} is not a number"):
-            return float(self.config.get(name, default))
-
     def heads(self, width):
         """How many heads a `width` is divided into. The tensors do not show it; in SD3 each has 64 channels."""
-        heads = self.number("num_attention_heads", max(1, width // 64))
-        if heads < 1 or heads % 1 or width % heads:
-            raise UserError(f"{self.path}: a width of {width} cannot be divided into {heads:g} heads")
-        return int(heads)
+        heads = self.config.get("num_attention_heads", max(1, width // 64))
+        if width % heads:
+            raise UserError(f"{self.path}: a width of {width} cannot be divided into {heads} heads")
+        return heads
 
     def read(self, name):
         parts = []

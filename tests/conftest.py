@@ -121,8 +121,7 @@ def build(kind):
             (tokenizers[0], 64, 64, "quick_gelu"), (tokenizers[1], 128, 96, "gelu"))]
     t5 = T5EncoderModel(T5Config(
         vocab_size=len(tokenizers[2]), d_model=224, d_kv=64, num_heads=2, d_ff=160, num_layers=2,
-        feed_forward_proj="gated-gelu", relative_attention_max_distance=9,  # T5-XXL's is 128
-        tie_word_embeddings=False))  # untied, as T5-XXL's config has it
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False))  # untied, as T5-XXL's config has it
     transformer = SD3Transformer2DModel(
         sample_size=8, num_layers=3, num_attention_heads=2, joint_attention_dim=224, caption_projection_dim=128,
         pooled_projection_dim=160, pos_embed_max_size=19, **KINDS[kind])
@@ -177,8 +176,7 @@ def write_file(pipeline, folder, layout):
         tensors |= {f"text_encoders.{name}.transformer.{n}": t for n, t in state.items()}
     tensors["text_encoders.clip_l.transformer.text_projection.weight"] = torch.randn(64, 64)  # to be ignored
     folder.mkdir()
-    header = {"t5xxl.relative_attention_max_distance": "9"}  # what is not SD3's own must stand somewhere
-    save_file({n: t.clone().contiguous() for n, t in tensors.items()}, folder / "sd3.safetensors", header)
+    save_file({n: t.clone().contiguous() for n, t in tensors.items()}, folder / "sd3.safetensors")
     for name, part in pipeline.components.items():
         if name.startswith("tokenizer") and part is not None:
             part.save_pretrained(folder / name)
