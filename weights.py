@@ -5,6 +5,7 @@ table, `diffusers_names`, serves loading and saving. A network is built without 
 by tensor, each read only when its turn comes: the peak is the finished network plus one tensor.
 """
 
+import itertools
 import json
 import os
 import re
@@ -45,11 +46,11 @@ def find_model(path, files=MODEL_FILES):
 def find_component(path, name):
     """One component (`transformer`, `vae`, …) of a diffusers folder; a file, or a component itself, as it is."""
     path = find_model(path)
-    if path.is_file() or not (path / "model_index.json").exists() and not (path / name).is_dir():
-        return path
-    if not (path / name).is_dir():
+    if (path / name).is_dir():
+        return path / name
+    if (path / "model_index.json").exists():
         raise UserError(f"{path}: a diffusers folder without {name}/")
-    return path / name
+    return path
 
 
 def find_shards(path):
@@ -76,10 +77,7 @@ def find_shards(path):
 
 def read_json(path):
     with library_errors(path, "be read as JSON"):
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
+        return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def open_safetensors(path):
@@ -224,10 +222,7 @@ class NetworkFiles:
 
     def count(self, pattern):
         """How many of the tensors pattern.format(0), pattern.format(1), … there are, up to the first missing one."""
-        n = 0
-        while pattern.format(n) in self:
-            n += 1
-        return n
+        return next(n for n in itertools.count() if pattern.format(n) not in self)
 
     def shape(self, name, dimensions=None):
         """The shape of our tensor `name`. Raises UserError if it is missing or does not have so many dimensions."""
@@ -254,8 +249,6 @@ class NetworkFiles:
         for their in self.their_names(name):
             with open_safetensors(self.files[their]) as file:  # one at a time, so that no map of a large file stays
                 parts.append(file.get_tensor(their))
-            if not parts[-1].is_floating_point():
-                raise UserError(f"{self.path}: tensor {their} holds {parts[-1].dtype}, not weights")
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return swap_halves(name, tensor, self.blocks) if self.diffusers else tensor
 
@@ -323,10 +316,7 @@ def save_network(module, folder, config, metadata=None, dtype=None):
 
 def write_safetensors(path, tensors, metadata=None):
     with replacing(path) as part:
-        part.touch()
-        mode = part.stat().st_mode
         save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
-        part.chmod(mode)  # safetensors makes files that only their owner can read
 
 
 def write_json(path, value):
