@@ -80,8 +80,7 @@ def load_text_encoders(path, device="cpu", dtype=torch.float32):
     source = weights.NetworkFiles(path, "transformer")
     context_width = source.shape("context_embedder.weight", dimensions=2)[1]  # T5 is as wide
     pooled_width = source.shape("y_embedder.mlp.0.weight", dimensions=2)[1]
-    load = load_from_file if path.is_file() else load_from_folder
-    clip_l, clip_g, t5 = (load(path, name, dtype) for name in ENCODERS)
+    clip_l, clip_g, t5 = (load_encoder(path, name, dtype) for name in ENCODERS)
     for name, model in zip(ENCODERS, (clip_l, clip_g, t5)):
         for key, tensor in model.state_dict().items() if model is not None else ():
             weights.check_finite(f"{path}: {name}", key, tensor)
@@ -93,64 +92,46 @@ def load_text_encoders(path, device="cpu", dtype=torch.float32):
     return TextEncoders(clip_l, clip_g, t5, tokenizers, context_width).to(device).requires_grad_(False).eval()
 
 
-def load_from_folder(path, name, dtype):
-    """The encoder `name` of a diffusers folder, opened by transformers; None for a T5 that is absent."""
-    kind, folder = T5EncoderModel if name == "text_encoder_3" else CLIPTextModelWithProjection, path / name
-    if not folder.is_dir():
-        listed = weights.read_json(path / "model_index.json").get(name, [None])
-        if name == "text_encoder_3" and listed[0] is None:
-            return None
-        raise UserError(f"{path}: a model without {name}/ cannot read prompts")
-    shard = weights.find_shards(folder)[0]
-    with weights.open_safetensors(shard) as file:
-        stored = file.get_tensor(next(iter(file.keys()))).dtype
-    with weights.library_errors(folder, "be read as a text encoder"):
-        model, report = kind.from_pretrained(
-            folder, dtype=dtype or stored, use_safetensors=True, variant="fp16" if ".fp16" in shard.name else None,
-            ignore_mismatched_sizes=True, output_loading_info=True)
-    for problem in ("missing", "unexpected", "mismatched"):
-        for key in set(report[f"{problem}_keys"]) - set(HARMLESS):
-            raise UserError(f"{folder}: tensor {key} is {problem}")
-    return model
-
-
-IN_FILE = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+PARTS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}  # names in single files
 AGAIN = "encoder.embed_tokens.weight"  # T5's `shared.weight` under another name
 HARMLESS = (AGAIN, "logit_scale", "text_projection.weight", "text_model.embeddings.position_ids")  # in published files
 
 
-def load_from_file(path, name, dtype):
-    """The encoder `name` in a Stability file; None for a T5 that is absent. Sizes are read off the tensors."""
-    part = IN_FILE[name]
-    with weights.open_safetensors(path) as file:
-        names = [key for key in file.keys() if key.startswith(weights.TEXT_PREFIX)]
-    if not any(key.startswith(weights.PREFIXES[part]) for key in names):
-        if name != "text_encoder_3":
-            raise UserError(f"{path}: holds no text encoders; use a file that includes them, or a diffusers folder")
-        known = tuple(weights.PREFIXES[each] for each in IN_FILE.values())
-        for key in names:
-            if not key.startswith(known) and not key.endswith("logit_scale"):
-                raise UserError(f"{path}: tensor {key} belongs to no text encoder")
+def load_encoder(path, name, dtype):
+    """The encoder `name` of a diffusers folder or a Stability file; None for a T5 that is absent.
+
+    Sizes are those of config.json or, in a single file, of the tensors.
+    """
+    part, single = PARTS[name], path.is_file()
+    if single:
+        with weights.open_safetensors(path) as file:
+            present = any(key.startswith(weights.PREFIXES[part]) for key in file.keys())
+    else:  # a folder that was not copied whole still lists what it should have
+        present = any(weights.read_json(path / "model_index.json").get(name, ()))
+    if not present and name == "text_encoder_3":
         return None
-    source = weights.NetworkFiles(path, part)
+    if not present:
+        raise UserError(f"{path}: holds no text encoders; use a file that includes them, or a diffusers folder")
+    source = weights.NetworkFiles(weights.find_component(path, name), part)
     kind = T5EncoderModel if part == "t5xxl" else CLIPTextModelWithProjection
-    with weights.library_errors(path, f"be read as {part}"):
-        config = kind.config_class(**(t5_settings(source) if part == "t5xxl" else clip_settings(source, part)))
+    with weights.library_errors(source.path, f"be read as {part}"):
+        sizes = source.config or (t5_settings(source) if part == "t5xxl" else clip_settings(source, part))
+        config = kind.config_class.from_dict(sizes)
         with torch.device("meta"):
             shapes = {key: list(tensor.shape) for key, tensor in kind(config).state_dict().items() if key != AGAIN}
-    if part == "clip_l":  # SD3 uses its pooled state as it is, whatever projection is published with it
+    if single and part == "clip_l":  # SD3 uses its pooled state as it is, whatever projection is published with it
         del shapes["text_projection.weight"]
     weights.check_tensors(source, shapes, HARMLESS)
     state = {key: source.read(key) for key in shapes}
     stored = next((tensor.dtype for tensor in state.values() if tensor.itemsize > 1), torch.bfloat16)  # or fp8
     state = {key: tensor.to(dtype or stored, copy=True) for key, tensor in state.items()}
-    if part == "clip_l":
+    if single and part == "clip_l":
         state["text_projection.weight"] = torch.eye(config.projection_dim, dtype=dtype or stored)
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or stored)
 
 
 def clip_settings(source, part):
-    """What a CLIPTextConfig takes."""
+    """What a CLIPTextConfig takes, read off the tensors."""
     vocabulary, width = source.shape("text_model.embeddings.token_embedding.weight", dimensions=2)
     return dict(
         vocab_size=vocabulary, hidden_size=width, num_attention_heads=source.heads(width),
@@ -163,7 +144,7 @@ def clip_settings(source, part):
 
 
 def t5_settings(source):
-    """What a T5Config takes."""
+    """What a T5Config takes, read off the tensors."""
     vocabulary, width = source.shape("shared.weight", dimensions=2)
     attention = "encoder.block.0.layer.0.SelfAttention."
     buckets, heads = source.shape(attention + "relative_attention_bias.weight", dimensions=2)
