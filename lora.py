@@ -49,28 +49,23 @@ def add_lora(model, rank, everywhere=False):
 
     everywhere: on every linear map, not only on those of ADAPTED.
     """
-    adapters = nn.ParameterList()
-
-    def adapt(name, linear):
-        adapted = LoRALinear(linear, rank, parts=3 if name.endswith("qkv") else 1)
-        adapters.extend([adapted.lora_A, adapted.lora_B])
-        return adapted
-
-    def wanted(name, module):
-        return isinstance(module, nn.Linear) if everywhere else ADAPTED.fullmatch(name)
-
-    return replace_modules(model.requires_grad_(False), wanted, adapt), adapters
+    model.requires_grad_(False)
+    adapted = {name: LoRALinear(module, rank, parts=3 if name.endswith("qkv") else 1)
+               for name, module in model.named_modules()
+               if (isinstance(module, nn.Linear) if everywhere else ADAPTED.fullmatch(name))}
+    adapters = nn.ParameterList(p for linear in adapted.values() for p in (linear.lora_A, linear.lora_B))
+    return replace_modules(model, adapted), adapters
 
 
 def merge_lora(model):
     """The same network with plain weights; one without adapters is only copied."""
-    return replace_modules(model, lambda _, module: isinstance(module, LoRALinear), lambda _, adapted: adapted.merged())
+    return replace_modules(model, {name: module.merged() for name, module in model.named_modules()
+                                   if isinstance(module, LoRALinear)})
 
 
-def replace_modules(model, wanted, replacement):
-    """A copy that shares the weights of `model`, with some modules replaced: those wanted(name, module) picks."""
+def replace_modules(model, modules):
+    """A copy that shares the weights of `model`, with some modules, {name: module}, in the place of its own."""
     network = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
-    for name, module in list(network.named_modules()):
-        if wanted(name, module):
-            network.set_submodule(name, replacement(name, module))
+    for name, module in modules.items():
+        network.set_submodule(name, module)
     return network
