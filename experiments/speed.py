@@ -55,21 +55,25 @@ def speed(args):
     samplers = {"teacher, 28 × 2": (28, 7.0, None), "4 steps": (4, 1.0, None), "2 steps": (2, 1.0, None),
                 "2 steps, blocks {}-{} cached".format(*blocks): (2, 1.0, cache)}
 
-    def sample(steps, guidance, cache):
-        sigmas = flow.sd3_sigmas(steps, 3.0).to(args.device)
-        return flow.sample(CachedSteps(mmdit, cache), noise, sigmas, cond, cond, guidance)
+    def run(name):
+        """Seconds that a sampler or the VAE takes."""
+        start = time.perf_counter()
+        if name == "VAE":
+            out = vae.decode(noise.to(DTYPES[args.dtype]))
+        else:
+            steps, guidance, cache = samplers[name]
+            sigmas = flow.sd3_sigmas(steps, 3.0).to(args.device)
+            out = flow.sample(CachedSteps(mmdit, cache), noise, sigmas, cond, cond, guidance)
+        out.sum().item()  # waits until a GPU is done
+        return time.perf_counter() - start
 
-    seconds, flops = {name: [] for name in (*samplers, "VAE")}, {}
-    for i in range(args.rounds + 1):  # all take turns; the first round does not count
-        for name in seconds:
-            run = (lambda: vae.decode(noise.to(DTYPES[args.dtype]))) if name == "VAE" else lambda: sample(*samplers[name])
-            if i == 0:
-                with FlopCounterMode(display=False) as counter:
-                    run()
-                flops[name] = counter.get_total_flops()
-            else:
-                seconds[name].append(clock(run, args.device))
-    seconds = {name: statistics.median(times) for name, times in seconds.items()}
+    flops = {}
+    for name in (*samplers, "VAE"):  # the first round, which is not timed
+        with FlopCounterMode(display=False) as counter:
+            run(name)
+        flops[name] = counter.get_total_flops()
+    rounds = [{name: run(name) for name in flops} for _ in range(args.rounds)]  # all take turns
+    seconds = {name: statistics.median(times[name] for times in rounds) for name in flops}
     teacher = next(iter(samplers))
     lines = ["| sampler | evaluations | seconds | time / teacher's | FLOPs / teacher's |", "|---|---|---|---|---|"]
     for name, (steps, guidance, cache_) in samplers.items():
@@ -82,17 +86,6 @@ def speed(args):
     return [*lines, "", f"{args.model}, {depth} blocks, {height}×{width}, batch {args.batch}; without text "
             f"and VAE, which takes {seconds['VAE']:.3g} s. FLOPs on a CPU leave attention out. {machine}, {args.dtype}, torch "
             f"{torch.__version__}, Python {platform.python_version()}."]
-
-
-def clock(run, device):
-    """Seconds that a function takes."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
