@@ -81,9 +81,6 @@ def load_text_encoders(path, device="cpu", dtype=torch.float32):
     context_width = source.shape("context_embedder.weight", dimensions=2)[1]  # T5 is as wide
     pooled_width = source.shape("y_embedder.mlp.0.weight", dimensions=2)[1]
     clip_l, clip_g, t5 = (load_encoder(path, name, dtype) for name in ENCODERS)
-    for name, model in zip(ENCODERS, (clip_l, clip_g, t5)):
-        for key, tensor in model.state_dict().items() if model is not None else ():
-            weights.check_finite(f"{path}: {name}", key, tensor)
     tokenizers = [load_tokenizer(path, name, model) for name, model in zip(ENCODERS, (clip_l, clip_g, t5))]
     if t5 is not None and t5.config.d_model != context_width or \
             clip_l.config.hidden_size + clip_g.config.hidden_size > context_width or \
@@ -125,6 +122,8 @@ def load_encoder(path, name, dtype):
     state = {key: source.read(key) for key in shapes}
     stored = next((tensor.dtype for tensor in state.values() if tensor.itemsize > 1), torch.bfloat16)  # or fp8
     state = {key: tensor.to(dtype or stored, copy=True) for key, tensor in state.items()}
+    for key, tensor in state.items():
+        weights.check_finite(source.path, source.their_names(key)[0], tensor)
     if single and part == "clip_l":
         state["text_projection.weight"] = torch.eye(config.projection_dim, dtype=dtype or stored)
     return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype or stored)
