@@ -60,7 +60,7 @@ def main():
 
 
 def of_tiny_world(args):
-    """{model: measures}, printed as a table as it grows."""
+    """{model: measures}, printed as a table."""
     reference = None
     if args.reference and is_pictures(args.reference):
         pictures = [picture_bytes(open_picture(file)) for file in pictures_of(args.reference)]
@@ -163,10 +163,7 @@ def per_picture(network, files, batch=16):
 def open_picture(file):
     """A PIL image in RGB, upright; photographs of other shapes are cropped to their centre square."""
     with weights.library_errors(file, "be read as a picture"):
-        picture = ImageOps.exif_transpose(Image.open(file, formats=["PNG", "JPEG", "WEBP"]))
-        if picture.mode.startswith("I"):
-            raise UserError(f"{file}: has 16 bits a channel; save it with 8")
-        picture = picture.convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(file, formats=["PNG", "JPEG", "WEBP"])).convert("RGB")
     return ImageOps.fit(picture, (min(picture.size),) * 2, Image.Resampling.LANCZOS)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import weights
 from commandline import one_line
@@ -18,17 +18,15 @@ def picture_bytes(picture):
     return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
 
 
-def contact_sheet(images, rows, columns, gap=4, width=192):
+def contact_sheet(images, rows, columns, width=192):
     """Images (R · C, 3, H, W), row by row, with a label for each row and a heading for each column -> a PIL image.
 
     A label is one line, cut where it is long. Small images are enlarged to about `width` pixels.
     """
-    zoom = max(1, width // images.shape[3])
+    zoom, gap, top = max(1, width // images.shape[3]), 4, 20
     height, width = (zoom * side for side in images.shape[2:])
     rows = [one_line(row) for row in rows]
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = gap + max((int(draw.textlength(row)) for row in rows), default=0) + gap
-    top = 20 if any(columns) else gap
+    left = gap + max(int(ImageFont.load_default().getlength(row)) for row in rows) + gap
     sheet = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     for j, column in enumerate(columns):

@@ -101,10 +101,9 @@ def make_files(folder, size):
     weights.write_safetensors(folder / BACKBONE / BACKBONE_FILE,
                               {f"visual.{name}": tensor for name, tensor in convnext.state_dict().items()})
     save_judges(folder, size)
-    for name in ("prompts.jsonl", "coco.txt"):
-        prompts = [f"a large shape on the {place}" for place in ("left", "right", "top")]
-        lines = [json.dumps({"prompt": prompt}) if name.endswith("jsonl") else prompt for prompt in prompts]
-        weights.write_text(folder / name, "\n".join(lines) + "\n")
+    prompts = [f"a large shape on the {place}" for place in ("left", "right", "top")]
+    weights.write_text(folder / "prompts.jsonl", "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    weights.write_text(folder / "coco.txt", "\n".join(prompts))
 
 
 def random_pipeline(size):

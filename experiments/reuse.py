@@ -2,7 +2,7 @@
 
     python -m experiments.reuse runs/stage1
 
-In the tiny world it also re-uses every range of --count blocks plainly and measures what that costs (Fig. 12).
+In the tiny world it also re-uses every range of --length blocks plainly and measures what that costs (Fig. 12).
 """
 
 import commandline  # first: it sets how threads wait before torch is loaded

@@ -25,7 +25,6 @@ from tinyworld import scenes
 from tinyworld.truth import true_velocity
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
-ERRORS = ("teacher", "guided", "teacher there", "guided there", "fake score")
 
 
 def main():
@@ -82,8 +81,9 @@ def compare(teacher, student, fake, captions, seed=0):
         z = noised_sample(states, velocities, windows, sigma, noise)
         true_there, plain_there, guided_there = seen(z, level)
         v_fake = fake(z, level, *cond)
-        pairs = (plain, true), (guided, true), (plain_there, true_there), (guided_there, true_there), (v_fake, true_there)
-        errors = {name: F.mse_loss(*pair).sqrt().item() for name, pair in zip(ERRORS, pairs)}
+        pairs = {"teacher": (plain, true), "guided": (guided, true), "teacher there": (plain_there, true_there),
+                 "guided there": (guided_there, true_there), "fake score": (v_fake, true_there)}
+        errors = {name: F.mse_loss(*pair).sqrt().item() for name, pair in pairs.items()}
         rows.append({**errors, "cosine": cosine(v_fake - plain_there, v_fake - true_there),
                      "cosine guided": cosine(v_fake - guided_there, v_fake - true_there)})
     return rows

@@ -50,10 +50,7 @@ class World:
         return scenes.LABELS[index], (x - self.pictures[index]).square().mean(1).sqrt() / 2
 
 
-@cache
-def world():
-    """Made once in a process; it takes some seconds and 240 MB."""
-    return World()
+world = cache(World)  # made once in a process: it takes some seconds and 240 MB
 
 
 def prompts_to_measure(captions, samples):

@@ -34,7 +34,6 @@ DARK = 0.4       # the second tone of a texture, as a share of the first
 PERIOD = 8.0     # of a texture, in pixels
 
 
-
 # ------------------------------------------------------------------------------------------------------- scenes
 
 def draw_labels(n, generator):
@@ -136,7 +135,6 @@ def true_labels(prompts, seeds):
     return labels
 
 
-@torch.no_grad()
 def true_latents(vae, prompts, seeds):
     """The latents of random true scenes that agree with the prompts: what a perfect generator would draw."""
     return encode(vae, true_labels(prompts, seeds))
