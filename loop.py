@@ -189,8 +189,10 @@ class Run:
             raise UserError(f"{self.args.out}: {MOST_SKIPPED} updates in a row had gradients that are not finite, the "
                             f"last in step {self.step + 1}; start again with lower learning rates or with --dtype fp32")
         self.step += 1
-        last, stopped = self.step == self.iterations, torch.tensor(float(self.stop))
-        parallel.average([stopped])
+        last = self.step == self.iterations
+        flags = torch.tensor([float(self.stop), float(time.monotonic() - self.saved > SAVE_SECONDS)])
+        parallel.average([flags])  # all processes decide alike
+        stopped, late = flags.bool().tolist()
         if self.step % LOG_EVERY == 0 or last or stopped:
             self.write_log()
         if self.sheet and (self.step % SHEET_EVERY == 0 or last):
@@ -198,8 +200,6 @@ class Run:
                 picture = self.sheet()
             if parallel.is_first():
                 write_picture(picture, self.args.out / f"sheet-{self.step:06}.png")
-        late = torch.tensor(float(time.monotonic() - self.saved > SAVE_SECONDS))
-        parallel.average([late])  # all processes decide alike
         if last or stopped or late and self.step % LOG_EVERY == 0:
             header = {"name": self.name, "step": self.step, "settings": self.settings}
             parallel.save(self.args.out, self.networks, self.optimizers, header)

@@ -161,16 +161,11 @@ def load(folder, networks, optimizers):
     reader = checkpoint.HuggingFaceStorageReader(str(part))
     with checkpoint_errors(part, "be read as the state of a run"):
         saved = reader.read_metadata().state_dict_metadata
-    tensors, held = network_tensors(networks), {}
-    for name in saved:
-        place, _, name = name.rpartition("/")
-        held.setdefault(place + "/", []).append(name)
-    for place, (optimizer, parameter) in optimizer_places(optimizers).items():
-        if place in held:  # a parameter that has not moved yet has no state
-            optimizer.state[parameter] = {
-                name: torch.zeros((), device=parameter.device) if name == "step" else
-                torch.zeros_like(parameter).detach() for name in held[place]}
-            tensors.update({place + name: tensor for name, tensor in optimizer.state[parameter].items()})
+    tensors = network_tensors(networks)
+    for place, (optimizer, parameter) in optimizer_places(optimizers).items():  # what has not moved yet has no state
+        for name in (key.removeprefix(place) for key in saved if key.startswith(place)):
+            empty = torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter).detach()
+            optimizer.state[parameter][name] = tensors[place + name] = empty
     with checkpoint_errors(part, "be read as the state of this run"):
         checkpoint.load(tensors, storage_reader=reader)
 
