@@ -165,10 +165,9 @@ def load_tokenizer(path, name, model):
     """
     if model is None:
         return None
-    folder = path.parent if path.is_file() else path
-    if path.is_file() and not (folder / ENCODERS[name]).is_dir():
-        folder = weights.find_model(TOKENIZERS, [f"{tokenizer}/*" for tokenizer in ENCODERS.values()])
-    folder = folder / ENCODERS[name]
+    folder = (path.parent if path.is_file() else path) / ENCODERS[name]
+    if path.is_file() and not folder.is_dir():
+        folder = weights.find_model(TOKENIZERS, [f"{each}/*" for each in ENCODERS.values()]) / ENCODERS[name]
     with weights.library_errors(folder, "be read as a tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         words = len(tokenizer)
