@@ -6,6 +6,7 @@ Source: Rombach et al. 2022 (latent diffusion), Sec. 3.1; 16 channels as in Esse
 Parameter names are those of Stability's files; weights.py translates the diffusers names.
 """
 
+from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -58,8 +59,8 @@ class Encoder(nn.Module):
             blocks = nn.ModuleList(ResBlock(before if i == 0 else width, width, groups) for i in range(layers))
             self.down.append(nn.ModuleDict({"block": blocks}))
             if level < len(widths) - 1:
-                self.down[level]["downsample"] = Downsample(width)
-        self.mid = Middle(widths[-1], groups)
+                self.down[level]["downsample"] = downsample(width)
+        self.mid = middle(widths[-1], groups)
         self.norm_out = group_norm(groups, widths[-1])
         self.conv_out = conv3(widths[-1], 2 * channels)
 
@@ -78,12 +79,12 @@ class Decoder(nn.Module):
     def __init__(self, widths, layers, channels, groups):
         super().__init__()
         self.conv_in = conv3(channels, widths[-1])
-        self.mid = Middle(widths[-1], groups)
+        self.mid = middle(widths[-1], groups)
         levels = []
         for level in reversed(range(len(widths))):
             before, width = widths[min(level + 1, len(widths) - 1)], widths[level]
             blocks = nn.ModuleList(ResBlock(before if i == 0 else width, width, groups) for i in range(layers + 1))
-            levels.append(nn.ModuleDict({"block": blocks, "upsample": Upsample(width)} if level else {"block": blocks}))
+            levels.append(nn.ModuleDict({"block": blocks, "upsample": upsample(width)} if level else {"block": blocks}))
         self.up = nn.ModuleList(reversed(levels))  # stored from the image's resolution down, run from the latents' up
         self.norm_out = group_norm(groups, widths[0])
         self.conv_out = conv3(widths[0], 3)
@@ -99,17 +100,6 @@ class Decoder(nn.Module):
             if "upsample" in level:
                 h = level["upsample"](h)                                                # sides doubled
         return self.conv_out(F.silu(self.norm_out(h)))                                  # (B, 3, 8h, 8w)
-
-
-class Middle(nn.Module):
-    def __init__(self, width, groups):
-        super().__init__()
-        self.block_1 = ResBlock(width, width, groups)
-        self.attn_1 = PixelAttention(width, groups)
-        self.block_2 = ResBlock(width, width, groups)
-
-    def forward(self, h):
-        return self.block_2(self.attn_1(self.block_1(h)))
 
 
 class ResBlock(nn.Module):
@@ -140,22 +130,18 @@ class PixelAttention(nn.Module):
         return x + self.proj_out(out)
 
 
-class Downsample(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only
+def middle(width, groups):
+    return nn.Sequential(OrderedDict(block_1=ResBlock(width, width, groups), attn_1=PixelAttention(width, groups),
+                                     block_2=ResBlock(width, width, groups)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv = conv3(width, width)
+def downsample(width):
+    """Padded on the right and at the bottom only."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2)))
 
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+def upsample(width):
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2), conv=conv3(width, width)))
 
 
 def conv3(before, width):

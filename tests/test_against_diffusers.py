@@ -125,7 +125,7 @@ MISTAKES = {
     "position table cropped at its corner": ("velocity", mmdit.MMDiT, "crop_pos_embed", top_left_crop),
     "timestep not times 1000": ("velocity", mmdit, "timestep_features", lambda t: features(t / 1000)),
     "VAE shift ignored": ("decode", vae.VAE, "decode", lambda self, z: self.decoder(z / self.scale)),
-    "symmetric padding": ("encode", vae.Downsample, "forward", lambda self, x: self.conv(F.pad(x, (1, 1, 1, 1)))),
+    "symmetric padding": ("encode", torch.nn.ZeroPad2d, "forward", lambda self, x: F.pad(x, (1, 1, 1, 1))),
     "CLIP's last state": ("text", text.TextEncoders, "encode_clip", last_clip_state),
     "guidance off by one": ("latents", flow, "guide", lambda u, c, w: c + w * (c - u)),
     "schedule shifted once": ("latents", flow, "sd3_sigmas", flow.student_sigmas),
