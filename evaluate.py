@@ -163,7 +163,10 @@ def per_picture(network, files, batch=16):
 def open_picture(file):
     """A PIL image in RGB, upright; photographs of other shapes are cropped to their centre square."""
     with weights.library_errors(file, "be read as a picture"):
-        picture = ImageOps.exif_transpose(Image.open(file, formats=["PNG", "JPEG", "WEBP"])).convert("RGB")
+        picture = ImageOps.exif_transpose(Image.open(file, formats=["PNG", "JPEG", "WEBP"]))
+        if picture.mode.startswith("I"):
+            raise UserError(f"{file}: has 16 bits a channel; save it with 8")
+        picture = picture.convert("RGB")
     return ImageOps.fit(picture, (min(picture.size),) * 2, Image.Resampling.LANCZOS)
 
 
