@@ -151,9 +151,7 @@ def parse_arguments(words=None):
     args.out = args.out or run_folder(args.preset, args.stage, args.steps)
     if args.resume and (parallel.read_header(args.out) or {}).get("name") != f"stage {args.stage}":
         raise UserError(f"--resume: {args.out} holds no run of stage {args.stage}")
-    weights.check_writable(args.out)
-    if any(args.out.iterdir()) and not args.resume:
-        raise UserError(f"{args.out} is not empty: continue its run with --resume, or choose another --out")
+    weights.check_writable(args.out, new=not args.resume)
     return args
 
 

@@ -343,9 +343,11 @@ def replacing(path):
             raise
 
 
-def check_writable(folder):
-    """Raise UserError now, before hours of work, if nothing could be written to `folder` then."""
+def check_writable(folder, new=False):
+    """Raise UserError now, before hours of work, if nothing could be written to `folder` then; `new`: or if it has files."""
     with library_errors(folder, "be written to"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    if new and any(Path(folder).iterdir()):
+        raise UserError(f"{folder} is not empty: continue its run with --resume, or choose another --out")

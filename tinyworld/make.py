@@ -62,9 +62,7 @@ def main():
     args.dtype = args.dtype or ("bf16" if fast_bf16(args.device) else "fp32")
     if args.batch % 2:
         raise UserError(f"--batch {args.batch}: the noise levels of a batch come in pairs; give an even number")
-    weights.check_writable(args.out)
-    if any(args.out.iterdir()) and not args.resume:
-        raise UserError(f"{args.out} is not empty: continue its run with --resume, or choose another --out")
+    weights.check_writable(args.out, new=not args.resume)
     make(args)
 
 
