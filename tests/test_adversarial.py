@@ -17,8 +17,7 @@ from mmdit import Residual
 from test_cache import random_inputs, random_network
 
 
-@pytest.mark.parametrize("warmup, ratio, expected", [
-    (50, 2, [50, 53, 56, 59]), (7, 3, [7, 11, 15, 19]), (0, 1, [0, 2, 4]), (0, 0, [0, 1, 2])])
+@pytest.mark.parametrize("warmup, ratio, expected", [(50, 2, [50, 53, 56, 59]), (0, 0, [0, 1, 2])])
 def test_the_discriminator_warms_up_alone_and_then_has_its_turns_between_the_generators(warmup, ratio, expected):
     turns = [adversarial.generator_turn(update, warmup, ratio) for update in range(expected[-1] + 1)]
     assert [update for update, turn in enumerate(turns) if turn is not None] == expected
@@ -52,14 +51,13 @@ def test_training_draws_exactly_what_sampling_draws(blocks):
     assert torch.equal(x, flow.sample(cache.CachedSteps(student, used), noise, nodes, cond)) and later_steps == []
 
 
-@pytest.mark.parametrize("blocks", [(1, 3), (0, 4), None], ids=str)
-@pytest.mark.parametrize("steps", [2, 4])
-def test_f_and_the_shared_blocks_learn_from_all_steps_but_the_first_and_cached_blocks_do_not(blocks, steps):
+@pytest.mark.parametrize("blocks", [(1, 3), None], ids=str)
+def test_f_and_the_shared_blocks_learn_from_all_steps_but_the_first_and_cached_blocks_do_not(blocks):
     student, used, noise, cond = student_and_cache(blocks)
     with_gradient = []
     student.register_forward_hook(lambda *_: with_gradient.append(torch.is_grad_enabled()))
-    x, _ = adversarial.refine(student, used, noise, flow.student_sigmas(steps, 3.0), cond)
-    assert with_gradient == [False] + [True] * (steps - 1)
+    x, _ = adversarial.refine(student, used, noise, flow.student_sigmas(4, 3.0), cond)
+    assert with_gradient == [False, True, True, True]
     found = gradients(x.square().mean(), student, *([used.compensator] if used else []))
     cached = range(blocks[0], blocks[1] + 1) if blocks else ()
     assert {name for name, gradient in found.items() if gradient is None} == \
@@ -112,18 +110,16 @@ def test_a_redrawn_image_is_the_students_noised_to_the_middle_of_the_references_
 
 # ------------------------------------------------------------------------------------------------- distillation
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_each_later_step_is_compared_with_the_whole_of_the_students_own_from_the_same_state(k):
-    student, used, noise, cond = student_and_cache((1, 3))
-    nodes, full = flow.student_sigmas(4, 3.0), Residual((1, 3))
+def test_each_later_step_is_compared_with_the_whole_of_the_students_own_from_the_same_state():
+    (student, used, noise, cond), nodes = student_and_cache((1, 3)), flow.student_sigmas(4, 3.0)
     _, later_steps = adversarial.refine(student, used, noise, nodes, cond, distil=True)
-    with torch.no_grad():
-        state = flow.sample(cache.CachedSteps(student, used), noise, nodes[:k + 1], cond)
-        velocity = student(state, nodes[k].expand(2), *cond, full)
-    step = later_steps[k - 1]
-    assert len(later_steps) == 3 and step.velocity.requires_grad
-    for found, expected in zip((step.full_velocity, *step.full_residual), (velocity, *full.streams), strict=True):
-        assert torch.allclose(found, expected, atol=1e-5) and not found.requires_grad
+    for k, step in zip((1, 2, 3), later_steps, strict=True):
+        full = Residual((1, 3))
+        with torch.no_grad():
+            state = flow.sample(cache.CachedSteps(student, used), noise, nodes[:k + 1], cond)
+            velocity = student(state, nodes[k].expand(2), *cond, full)
+        for found, expected in zip((step.full_velocity, *step.full_residual), (velocity, *full.streams), strict=True):
+            assert torch.allclose(found, expected, atol=1e-5) and not found.requires_grad
 
 
 @pytest.mark.parametrize("distillation, learners", [("feature", {"1"}), ("output", {"0", "1"})])
@@ -159,22 +155,13 @@ def test_losses_are_cross_entropies_with_labels_0_8_and_0_mean_over_a_level_and_
 
     real, fake = levels(0.5), levels(-0.25)
     assert adversarial.discriminator_loss(real, fake).item() == pytest.approx(by_hand(0.5, 0.8) + by_hand(-0.25, 0))
-    assert adversarial.generator_loss(fake).item() == pytest.approx(by_hand(-0.25, 0.8))
-
-
-@pytest.mark.parametrize("logit, sign", [(-2.0, -1), (1.3, -1), (math.log(4), 0), (1.5, 1)])
-def test_the_generators_gradient_changes_its_sign_at_ln_4(logit, sign):
-    logits = torch.tensor([[logit]], requires_grad=True)
-    adversarial.generator_loss([logits]).backward()
-    assert logits.grad.item() == pytest.approx(0, abs=1e-6) if sign == 0 else logits.grad.item() * sign > 0
+    assert adversarial.generator_loss(real).item() == pytest.approx(by_hand(0.5, 0.8))  # also of logits above ln 4
 
 
 def test_auc_is_1_for_levels_told_apart_and_one_half_for_those_that_are_not():
     real, fake = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [2.0]])
     assert adversarial.auc([real + 4], [fake]) == 1 and adversarial.auc([fake], [real + 4]) == 0
     assert adversarial.auc([real], [fake]) == 3 / 4  # of all pairs
-    blind = torch.randn(2, 1000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert adversarial.auc([blind[0]], [blind[1]]).item() == pytest.approx(0.5, abs=0.03)
     assert adversarial.auc([real, torch.zeros(2, 1, 2, 2)], [fake, torch.zeros(2, 1, 2, 2)]) == (3 / 4 + 1 / 2) / 2
 
 
@@ -237,21 +224,18 @@ def test_images_are_normalised_with_clips_mean_and_deviation():
     assert torch.allclose(adversarial.normalise(images).flatten(1), torch.tensor(expected), atol=1e-3)
 
 
-def discriminators(backbone):
-    torch.manual_seed(0)
-    return (adversarial.Discriminator(adversarial.load_backbone(backbone)), adversarial.PyramidDiscriminator())
-
-
 def test_the_generators_loss_reaches_every_pixel_and_recomputation_changes_nothing(backbone):
+    torch.manual_seed(0)
     images = (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
-    for discriminator, sides in zip(discriminators(backbone), ((4, 2, 1), (16, 8, 4))):
+    convnext = adversarial.Discriminator(adversarial.load_backbone(backbone))
+    for discriminator, sides in ((convnext, [4, 2, 1]), (adversarial.PyramidDiscriminator(), [16, 8, 4])):
         found = []
         discriminator.heads.requires_grad_(False).eval()
         for recompute in (False, True):
             getattr(discriminator, "backbone", discriminator).recompute = recompute
             logits = discriminator(images)
             found += torch.autograd.grad(adversarial.generator_loss(logits), images)
-        assert [level.shape[2] for level in logits if level.ndim == 4] == [*sides]
+        assert [level.shape[2] for level in logits if level.ndim == 4] == sides
         assert (found[0] != 0).all(dim=1).float().mean() > 0.9 and torch.allclose(*found, rtol=1e-4, atol=1e-8)
         assert not any(p.requires_grad for p in discriminator.parameters())
 
@@ -272,15 +256,11 @@ def test_a_pool_keeps_its_real_images_and_the_newest_of_the_students():
     assert set(fake[:, 0, 0, 0].tolist()) == set(pool.fake[:, 0, 0, 0].tolist())
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda s: s.pop("visual.trunk.stages.1.blocks.0.norm.bias"), "stages.1.blocks.0.norm.bias is missing"),
-    (lambda s: s.pop("visual.trunk.stem.0.weight"), "holds no ConvNeXt"),
-    (lambda s: s.update({"visual.trunk.extra": torch.ones(1)}), "visual.trunk.extra does not belong there"),
-    (lambda s: s.update({"visual.head.proj.weight": torch.ones(10, 7)}), "has shape"),
-    (lambda s: s["visual.head.proj.weight"].fill_(torch.nan), "not finite")])
-def test_a_damaged_backbone_is_refused_and_the_tensor_named(change, words, backbone, tmp_path):
+@pytest.mark.parametrize("name, words", [
+    ("stages.1.blocks.0.norm.bias", "stages.1.blocks.0.norm.bias is missing"), ("stem.0.weight", "holds no ConvNeXt")])
+def test_a_backbone_without_a_tensor_is_refused(name, words, backbone, tmp_path):
     state = load_file(backbone / adversarial.BACKBONE_FILE)
-    change(state)
+    del state[f"visual.trunk.{name}"]
     save_file(state, tmp_path / adversarial.BACKBONE_FILE)
     with pytest.raises(UserError, match=words):
         adversarial.load_backbone(tmp_path)

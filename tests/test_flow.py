@@ -6,30 +6,12 @@ import torch
 import flow
 
 
-def test_students_nodes_are_the_papers():
+def test_students_nodes_are_the_papers_and_those_of_other_schedules_the_nearest_of_the_teachers_grid():
     assert flow.student_sigmas(2, 3.0).tolist() == [1.0, 0.75, 0.0]
     assert flow.student_sigmas(4, 3.0).tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
-    assert flow.student_sigmas(2, 1.0).tolist() == [1.0, 0.5, 0.0]
-
-
-@pytest.mark.parametrize("n, shift", [(1, 3.0), (3, 3.0), (7, 2.5), (8, 1.0)])
-def test_students_nodes_lie_on_the_teachers_grid_evenly_spaced_before_the_shift(n, shift):
-    grid, index = flow.teacher_grid(shift), flow.student_indices(n, shift)
-    assert torch.equal(flow.student_sigmas(n, shift), grid[index])
-    assert (index - torch.linspace(0, 1000, n + 1)).abs().max() <= 1
-
-
-def test_teachers_grid_is_the_shifted_unit_interval():
-    sigma = flow.teacher_grid(3.0).double()
-    u = sigma / (3 - 2 * sigma)  # the shift, solved for u
-    assert torch.allclose(u, 1 - torch.arange(1001, dtype=torch.float64) / 1000, atol=1e-6)
-
-
-def test_teachers_schedule_is_the_published_one_that_shifts_twice():
-    sigmas = flow.sd3_sigmas(28, 3.0)
-    assert sigmas[:5].tolist() == pytest.approx([1, 0.9873806, 0.9741077, 0.9601293, 0.9453875], abs=1e-6)
-    assert sigmas[-3:].tolist() == pytest.approx([0.1109057, 0.0089286, 0], abs=1e-6)
-    assert len(sigmas) == 29
+    index, grid = flow.student_indices(7, 2.5), flow.teacher_grid(2.5)
+    assert index.tolist() == [0, 143, 286, 429, 571, 714, 857, 1000]  # sevenths, before the shift
+    assert torch.equal(flow.student_sigmas(7, 2.5), grid[index])
 
 
 def test_velocity_leads_along_the_straight_path_and_back_to_the_data():
@@ -39,7 +21,7 @@ def test_velocity_leads_along_the_straight_path_and_back_to_the_data():
     assert torch.allclose(flow.euler_step(x, noise - x0, s1, s2), flow.add_noise(x0, noise, s2), atol=1e-5)
 
 
-@pytest.mark.parametrize("s1, s2", [(0.0, 0.4), (0.3, 0.31), (0.75, 0.9), (0.75, 1.0), (0.5, 0.5)])
+@pytest.mark.parametrize("s1, s2", [(0.0, 0.4), (0.75, 0.9)])
 def test_renoised_samples_have_the_mean_and_variance_of_the_higher_level(s1, s2):
     generator = torch.Generator().manual_seed(0)
     x0 = torch.full((200_000, 1), 2.0)
