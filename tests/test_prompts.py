@@ -34,26 +34,14 @@ def test_a_prompt_in_quotes_may_have_a_line_break_and_a_quote_in_a_tsv_is_a_lett
 
 @pytest.mark.parametrize("name, content, words", [
     ("a.csv", b'prompt\na cat\n"a dog\na cow\na bird\n', "record 1"),  # an unclosed quote, not one long prompt
-    ("a.csv", b'prompt\n"a" dog\n', "record 0"),
-    ("a.csv", b"prompt\n" + 200_000 * b"x", "record 0"),
-    ("a.csv", b"text,style\na cat,photo\n", "no column `prompt`"),
-    ("a.tsv", b"prompt,style\na cat,photo\n", "no column `prompt`"),
-    ("a.csv", b"", "no column `prompt`"),
-    ("a.csv", b"prompt\n", "holds no prompt"), ("a.txt", b"", "holds no prompt"),
-    ("a.txt", b" \n\t\n", "holds no prompt"),
-    ("a.txt", "café".encode("latin-1"), "cannot be read"),
-    ("a.tsv", "prompt\ncafé\n".encode("utf-16"), "cannot be read"),
-    ("a.jsonl", b'{"prompt": "a cat"}\n{"prompt": a dog}\n', "record 1"),
-    ("a.jsonl", b'{"text": "a cat"}\n', "record 0"), ("a.jsonl", b'"a cat"\n', "record 0"),
+    ("a.csv", b"text,style\na cat,photo\n", "no column `prompt`"), ("a.csv", b"", "no column `prompt`"),
+    ("a.txt", b" \n\t\n", "holds no prompt"), ("a.txt", "café".encode("latin-1"), "cannot be read"),
+    ("a.jsonl", b'{"prompt": "a cat"}\n{"prompt": a dog}\n', "record 1"), ("a.jsonl", b'"a cat"\n', "record 0"),
     ("a.jsonl", b'{"prompt": 7}\n', "cannot be read"),
-    ("a.jsonl", b'{"prompt": null}\n', "cannot be read"),
     ("a.jsonl", b'{"prompt": "half a character: \\ud83d"}\n', "cannot be read"),
-    ("a.yaml", b"- a cat\n", "from .txt, .jsonl, .csv and .tsv"), ("prompts", b"a cat\n", "from .txt, .jsonl"),
-    ("folder.txt", None, "cannot be read"), ("nowhere.txt", None, "cannot be read")])
+    ("a.yaml", b"- a cat\n", "from .txt, .jsonl, .csv and .tsv")])
 def test_files_that_cannot_be_used_are_refused_in_one_line(tmp_path, name, content, words):
-    (tmp_path / "folder.txt").mkdir()
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         prompts.read_prompts(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and words in str(error.value) and "\n" not in str(error.value)

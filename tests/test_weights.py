@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 from unittest import mock
 
@@ -13,12 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import adversarial
-import mmdit
 import text
-import vae
 import weights
 from commandline import UserError
-from conftest import KINDS
 from pipeline import TINY, load_pipeline
 
 CLIP, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_g", "t5xxl"))  # in a single file
@@ -75,22 +71,19 @@ def refusal(load, path):
 
 # ------------------------------------------------------------------------------------------------ damaged tensors
 
-CLIP_BIAS, T5_BIAS = "text_model.final_layer_norm.bias", "encoder.final_layer_norm.weight"
+CLIP_BIAS = "text_model.final_layer_norm.bias"
 
 
 @pytest.mark.parametrize("part, name, value", [
     ("transformer", "pos_embed.pos_embed", None), ("transformer", "transformer_blocks.1.attn.to_v.bias", None),
-    ("transformer", "transformer_blocks.0.ff.net.0.proj.weight", None),
     ("transformer", "transformer_blocks.1.attn.extra.weight", torch.zeros(3)),
     ("transformer", "transformer_blocks.1.attn.to_k.weight", torch.zeros(128, 100)),
     ("transformer", "context_embedder.weight", torch.zeros(128)),
     ("transformer", "transformer_blocks.0.ff.net.2.weight", NAN),
-    ("vae", "decoder.conv_in.weight", None), ("vae", "encoder.down_blocks.0.resnets.0.conv2.weight", None),
-    ("vae", "encoder.extra.bias", torch.zeros(3)), ("vae", "decoder.conv_out.bias", torch.zeros(4)),
-    ("vae", "decoder.conv_out.bias", INF), ("text_encoder", CLIP_BIAS, None),
+    ("vae", "decoder.conv_in.weight", None), ("vae", "decoder.conv_out.bias", torch.zeros(4)),
+    ("text_encoder", CLIP_BIAS, None), ("text_encoder_2", CLIP_BIAS, torch.zeros(65)),
     ("text_encoder", "text_model.encoder.layers.1.mlp.extra.bias", torch.zeros(3)),
-    ("text_encoder_2", CLIP_BIAS, torch.zeros(65)), ("text_encoder_2", CLIP_BIAS, NAN),
-    ("text_encoder_3", T5_BIAS, None), ("text_encoder_3", "shared.weight", INF)])
+    ("text_encoder_3", "shared.weight", INF)])
 def test_a_tensor_that_is_missing_left_over_wrong_shaped_or_not_finite_is_named(model, part, name, value):
     change(model / part / (ENCODER if "text" in part else NETWORK), {name: value})
     line = refusal(load_pipeline, model)
@@ -99,12 +92,9 @@ def test_a_tensor_that_is_missing_left_over_wrong_shaped_or_not_finite_is_named(
 
 @pytest.mark.parametrize("changes, words", [
     ({MMDIT + "extra.weight": torch.zeros(3)}, f"tensor {MMDIT}extra.weight does not belong there"),
-    ({"first_stage_model.encoder.conv_in.bias": NAN}, "encoder.conv_in.bias is not finite"),
     ({CLIP + CLIP_BIAS: torch.zeros(65)}, f"tensor {CLIP}{CLIP_BIAS} has shape [65]"),
-    ({T5 + "shared.extra": torch.zeros(3)}, f"{T5}shared.extra does not belong there"),
-    ({T5 + T5_BIAS: None}, f"{T5}{T5_BIAS} is missing"), ({T5 + "shared.weight": None}, "no tensor shared.weight"),
-    ({"text_encoders.": None}, "holds no text encoders"), ({"first_stage_model.": None}, "holds no SD3 vae"),
-    ({MMDIT: None}, "holds no SD3 transformer")])
+    ({T5 + "shared.weight": None}, "no tensor shared.weight"),
+    ({"text_encoders.": None}, "holds no text encoders"), ({MMDIT: None}, "holds no SD3 transformer")])
 def test_what_is_wrong_in_a_single_file_is_named(single_file, changes, words):
     file = single_file(changes)
     line = refusal(load_pipeline, file)
@@ -116,7 +106,7 @@ def test_plain_fp8_text_is_read_and_fp8_with_scales_is_refused(make_pair, single
     fp8 = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in expected.items() if name != text.AGAIN}
     read = text.load_text_encoders(single_file({T5 + name: tensor for name, tensor in fp8.items()})).t5.state_dict()
     assert all(torch.equal(read[name], fp8[name].float()) for name in fp8)
-    for name in (f"{T5}scaled_fp8", f"{T5}shared.scale_weight", f"{MMDIT}final_layer.linear.scale_weight"):
+    for name in (f"{T5}scaled_fp8", f"{MMDIT}final_layer.linear.scale_weight"):
         line = refusal(load_pipeline, single_file({name: torch.ones(1)}))
         assert f"tensor {name} does not belong there: scaled fp8 cannot be read; take fp32" in line
 
@@ -142,16 +132,13 @@ MMDIT_CONFIG, VAE_CONFIG, LEVELS = "transformer/config.json", "vae/config.json",
 
 
 @pytest.mark.parametrize("name, damage", [
-    (f"transformer/{NETWORK}", cut), (f"vae/{NETWORK}", b""), (f"text_encoder/{ENCODER}", cut),
-    (f"text_encoder_3/{ENCODER}", b"Not tensors at all. " * 9), (f"transformer/{NETWORK}", pickle.dumps([1])),
-    (MMDIT_CONFIG, "{no"), (MMDIT_CONFIG, b"\xff\xfe"), (VAE_CONFIG, "{no"), (LEVELS, "{no"),
+    (f"transformer/{NETWORK}", cut), (f"text_encoder/{ENCODER}", cut), (MMDIT_CONFIG, "{no"),
     ("text_encoder/config.json", "{no"), ("tokenizer/tokenizer_config.json", "{no"),
-    ("tokenizer_3/tokenizer.json", cut), (f"transformer/{NETWORK}.index.json", "{}"),
+    (f"transformer/{NETWORK}.index.json", "{}"),
     (f"transformer/{NETWORK}.index.json", '{"weight_map": {"proj_out.bias": "gone.safetensors"}}'),
-    (MMDIT_CONFIG, says(num_attention_heads=3)),
-    (LEVELS, says(shift="three")), (LEVELS, says(shift=None)), (LEVELS, says(use_dynamic_shifting=True)),
-    ("text_encoder/config.json", says(vocab_size="wide")), ("text_encoder_2/config.json", says(hidden_size=100)),
-    *((part, shutil.rmtree) for part in weights.COMPONENTS if part not in ("transformer", "scheduler")),
+    (MMDIT_CONFIG, says(num_attention_heads=3)), (LEVELS, says(shift="three")),
+    (LEVELS, says(use_dynamic_shifting=True)), ("vae", shutil.rmtree),
+    ("text_encoder", shutil.rmtree), ("text_encoder_3", shutil.rmtree), ("tokenizer", shutil.rmtree),
     ("tokenizer", forget_words)])
 def test_a_damaged_or_lost_part_of_a_folder_is_one_line_that_names_it(model, name, damage):
     damage(model / name) if callable(damage) else put(model / name, damage)
@@ -225,21 +212,6 @@ def test_a_single_file_without_tokenizers_takes_sd3_mediums(make_pair, single_fi
 
 
 # --------------------------------------------------------------------------------------------------------- writing
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_saving_is_the_inverse_of_loading(make_pair, tmp_path, kind):
-    folder = make_pair(kind, "folder").path
-    for part, load, save in (("transformer", mmdit.load_mmdit, mmdit.save_mmdit), ("vae", vae.load_vae, vae.save_vae)):
-        network = load(folder)
-        save(network, tmp_path / part)
-        before, after = (load_file(place / part / NETWORK) for place in (folder, tmp_path))
-        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-        again = load(tmp_path / part).state_dict()
-        assert all(torch.equal(again[name], tensor) for name, tensor in network.state_dict().items())
-    mmdit.save_mmdit(mmdit.load_mmdit(folder), tmp_path / "half", {"sigmas": "[1, 0]"}, torch.float16)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "half" / NETWORK).values()} == {torch.float16}
-    assert mmdit.load_mmdit(tmp_path / "half").metadata["sigmas"] == "[1, 0]"
-
 
 def test_a_write_that_fails_leaves_the_old_file_and_says_so(tmp_path):
     weights.write_text(tmp_path / "a.json", "old")
