@@ -33,8 +33,6 @@ torch.set_num_threads(1)  # networks are small here, and threads that wait for e
 KINDS = {
     "SD3-Medium": {}, "SD3.5-Large": {"qk_norm": "rms_norm"},
     "SD3.5-Medium": {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}}
-PAIRS = [(kind, layout) for kind in KINDS for layout in ("folder", "file", "file without prefix")]
-PAIRS += [("SD3.5-Medium", "shards in fp16"), ("SD3-Medium", "folder without T5"), ("SD3-Medium", "file without T5")]
 Pair = namedtuple("Pair", "theirs ours path")
 
 
