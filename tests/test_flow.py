@@ -31,19 +31,6 @@ def test_renoised_samples_have_the_mean_and_variance_of_the_higher_level(s1, s2)
     assert z.std().item() == pytest.approx(s2, abs=0.01)
 
 
-def gaussian_velocity(x, sigma, mean, std):
-    """E[ε - x0 | x_σ = x] for data N(mean, std²), the network that rectified flow would learn: a closed form."""
-    s = flow.per_sample(sigma, x)
-    gain = (s - (1 - s) * std**2) / ((1 - s)**2 * std**2 + s**2)
-    return gain * (x - (1 - s) * mean) - mean
-
-
-def test_sampling_with_the_exact_velocity_reaches_the_data():
-    noise = flow.initial_noise((1, 1, 1), range(200))
-    x = flow.sample(lambda x, s, *_: gaussian_velocity(x, s, 1.5, 0.5), noise, flow.sd3_sigmas(500, 3.0), (None, None))
-    assert torch.allclose(x, 1.5 + 0.5 * noise, atol=0.03)  # the flow of a Gaussian is this affine map
-
-
 @pytest.mark.parametrize("guidance, expected", [(4.0, 0.25 + 4 * 0.75), (1.0, 1.0)])
 def test_sampling_steps_along_the_guided_velocity_with_one_empty_prompt_for_all(guidance, expected):
     cond, uncond = (torch.ones(2, 1, 1, 1), torch.zeros(2, 1)), (torch.full((1, 1, 1, 1), 0.25), torch.zeros(1, 1))

@@ -60,19 +60,14 @@ def test_two_processes_train_what_one_trains_and_one_goes_on_from_their_state(tw
     check_alike(alone, out)
 
 
-def test_the_batch_is_shared_out_whole_and_in_order():
-    assert [rows.tolist() for rows in parallel.micro_batches(6, at_once=2)] == [[0, 1], [2, 3], [4, 5]]
+def test_each_process_takes_every_nth_row_of_the_batch_so_many_at_once_and_all_rows_are_taken(monkeypatch):
     assert [rows.tolist() for rows in parallel.micro_batches(3, at_once=0)] == [[0, 1, 2]]
-    with pytest.raises(UserError, match="batch of 8 cannot be divided among 1 processes, 3 samples at once"):
-        parallel.micro_batches(8, at_once=3)
-
-
-def test_each_process_takes_every_nth_row_of_the_batch(monkeypatch):
     monkeypatch.setattr(parallel, "processes", lambda: 2)
     monkeypatch.setattr(parallel, "rank", lambda: 1)
     assert [rows.tolist() for rows in parallel.micro_batches(8, at_once=2)] == [[1, 3], [5, 7]]
-    with pytest.raises(UserError, match="batch of 5 cannot be divided among 2 processes$"):
-        parallel.micro_batches(5, at_once=0)
+    for batch, at_once, message in ((5, 0, "2 processes$"), (8, 3, "2 processes, 3 samples at once")):
+        with pytest.raises(UserError, match=f"batch of {batch} cannot be divided among {message}"):
+            parallel.micro_batches(batch, at_once)
 
 
 def test_gradients_are_clipped_by_the_norm_of_all_together_and_small_ones_stay():
