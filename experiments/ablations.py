@@ -49,10 +49,10 @@ class Claim(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What was fixed before the first run of it that a claim looks at."""
+    """What was written down before the first run that a claim looks at."""
 
     first_seed: int     # smaller ones were looked at before
-    arms: dict          # {arm: (commands of train.py, each trains the run of the one before further; flags of evaluate.py)}
+    arms: dict          # {arm: (train.py's commands, each from the run of the one before; flags of evaluate.py)}
     claims: list
 
 
@@ -142,8 +142,8 @@ def measure(out, plan, arm, seed):
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     row = {"plan": plan, "arm": arm, "seed": seed, **{name: round(found[name], 5) for name in MEASURES},
-           "train": "; ".join(train), "evaluate": evaluate, "commit": commit, "machine": machine, "date": time.strftime("%Y-%m-%d"),
-           "minutes": round((time.monotonic() - start) / 60, 1)}
+           "train": "; ".join(train), "evaluate": evaluate, "commit": commit, "machine": machine,
+           "date": time.strftime("%Y-%m-%d"), "minutes": round((time.monotonic() - start) / 60, 1)}
     file = out / "results.csv"
     new = not file.exists()
     with open(file, "a", newline="") as opened:
