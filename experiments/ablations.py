@@ -111,7 +111,7 @@ SHOWN = ("whole prompt", "coverage", "median", "Fréchet", "to reference")
 
 def main():
     parser = CommandLine(description="Run the paper's ablations in the tiny world.")
-    arms = [arm for plan in PLANS.values() for arm in plan.arms]
+    arms = list(dict.fromkeys(arm for plan in PLANS.values() for arm in plan.arms))
     parser.add_argument("--plan", action="append", type=int, choices=PLANS, help="may be given several times; default: all")
     parser.add_argument("--only", action="append", choices=arms, metavar="ARM", help="likewise; default: all of a plan")
     parser.add_argument("--seeds", type=from_zero, default=RUNS, help="training runs of each arm; 0: only print the tables")
