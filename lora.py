@@ -1,9 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2022): W x + b becomes W x + b + (alpha / r) B A x, and only A and B are trained.
 
 alpha = r, A Gaussian, B zero. In Stage II of 1.x-Distill, on every attention and feed-forward matrix of every block; in
-Stage I, where adapters are ours, on every linear map: with those of Stage II alone the student falls behind
-(docs/experiments.md). The network with adapters shares all its other weights with the one it is made from, which stays
-as it is.
+Stage I, where adapters are ours, on every linear map: with those of Stage II alone the student falls behind. The network
+with adapters shares all its other weights with the one it is made from, which stays as it is.
 """
 
 import copy

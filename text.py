@@ -102,9 +102,14 @@ def load_encoder(path, name, dtype):
     part, single = PARTS[name], path.is_file()
     if single:
         with weights.open_safetensors(path) as file:
-            present = any(key.startswith(weights.PREFIXES[part]) for key in file.keys())
+            names = [key for key in file.keys() if key.startswith(weights.TEXT_PREFIX)]
+        present = any(key.startswith(weights.PREFIXES[part]) for key in names)
+        known = tuple(weights.PREFIXES[each] for each in PARTS.values())
+        for key in names if not present else ():  # under another name, it would be left out without a word
+            if not key.startswith(known) and not key.endswith("logit_scale"):
+                raise UserError(f"{path}: tensor {key} belongs to no text encoder")
     else:  # a folder that was not copied whole still lists what it should have
-        present = any(weights.read_json(path / "model_index.json").get(name, ()))
+        present = (path / name).is_dir() or any(weights.read_json(path / "model_index.json").get(name, ()))
     if not present and name == "text_encoder_3":
         return None
     if not present:

@@ -162,11 +162,13 @@ def load_vae(path, device="cpu", dtype=torch.float32):
     """
     source = weights.NetworkFiles(path, "vae")
     widths = [source.shape(f"encoder.down.{i}.block.0.conv2.weight", dimensions=4)[0] for i in range(source.blocks)]
-    with torch.device("meta"):
+    with torch.device("meta"), weights.library_errors(source.path, "be built: its settings make no sense"):
+        scale, shift = (float(source.config.get(*pair)) for pair in (("scaling_factor", 1.5305), ("shift_factor", 0.0609)))
+        if scale == 0:
+            raise ValueError("scaling_factor is 0")
         model = VAE(widths, layers=source.count("encoder.down.0.block.{}.conv1.weight"),
                     channels=source.shape("decoder.conv_in.weight", dimensions=4)[1],
-                    groups=source.config.get("norm_num_groups", 32),
-                    scale=source.config.get("scaling_factor", 1.5305), shift=source.config.get("shift_factor", 0.0609))
+                    groups=source.config.get("norm_num_groups", 32), scale=scale, shift=shift)
     return weights.load_tensors(model, source, device, dtype).requires_grad_(False).eval()
 
 

@@ -77,7 +77,10 @@ def find_shards(path):
 
 def read_json(path):
     with library_errors(path, "be read as JSON"):
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
+    return value
 
 
 def open_safetensors(path):
@@ -240,7 +243,7 @@ class NetworkFiles:
     def heads(self, width):
         """How many heads a `width` is divided into. The tensors do not show it; in SD3 each has 64 channels."""
         heads = self.config.get("num_attention_heads", max(1, width // 64))
-        if width % heads:
+        if heads not in range(1, width + 1) or width % heads:
             raise UserError(f"{self.path}: a width of {width} cannot be divided into {heads} heads")
         return heads
 
@@ -249,6 +252,8 @@ class NetworkFiles:
         for their in self.their_names(name):
             with open_safetensors(self.files[their]) as file:  # one at a time, so that no map of a large file stays
                 parts.append(file.get_tensor(their))
+            if not parts[-1].is_floating_point():
+                raise UserError(f"{self.path}: tensor {their} holds {parts[-1].dtype}, not weights")
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
         return swap_halves(name, tensor, self.blocks) if self.diffusers else tensor
 

@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-import adversarial
 import text
 import weights
 from commandline import UserError
-from pipeline import TINY, load_pipeline
+from pipeline import load_pipeline
 
 CLIP, T5 = (f"text_encoders.{name}.transformer." for name in ("clip_g", "t5xxl"))  # in a single file
 MMDIT = "model.diffusion_model."
@@ -94,6 +93,7 @@ def test_a_tensor_that_is_missing_left_over_wrong_shaped_or_not_finite_is_named(
     ({MMDIT + "extra.weight": torch.zeros(3)}, f"tensor {MMDIT}extra.weight does not belong there"),
     ({CLIP + CLIP_BIAS: torch.zeros(65)}, f"tensor {CLIP}{CLIP_BIAS} has shape [65]"),
     ({T5 + "shared.weight": None}, "no tensor shared.weight"),
+    ({T5: None, "text_encoders.t5xxl.shared.weight": torch.zeros(2)}, "belongs to no text encoder"),
     ({"text_encoders.": None}, "holds no text encoders"), ({MMDIT: None}, "holds no SD3 transformer")])
 def test_what_is_wrong_in_a_single_file_is_named(single_file, changes, words):
     file = single_file(changes)
@@ -136,6 +136,8 @@ MMDIT_CONFIG, VAE_CONFIG, LEVELS = "transformer/config.json", "vae/config.json",
     ("text_encoder/config.json", "{no"), ("tokenizer/tokenizer_config.json", "{no"),
     (f"transformer/{NETWORK}.index.json", "{}"),
     (f"transformer/{NETWORK}.index.json", '{"weight_map": {"proj_out.bias": "gone.safetensors"}}'),
+    (MMDIT_CONFIG, "[]"), (MMDIT_CONFIG, says(num_attention_heads="two")), (VAE_CONFIG, says(norm_num_groups=7)),
+    (VAE_CONFIG, says(scaling_factor=0)),
     (MMDIT_CONFIG, says(num_attention_heads=3)), (LEVELS, says(shift="three")),
     (LEVELS, says(use_dynamic_shifting=True)), ("vae", shutil.rmtree),
     ("text_encoder", shutil.rmtree), ("text_encoder_3", shutil.rmtree), ("tokenizer", shutil.rmtree),
